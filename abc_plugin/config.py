@@ -1,0 +1,77 @@
+"""The plugin's settings: one frozen dataclass, the only home of names, defaults, help texts and checks."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from abc_plugin.errors import UserError
+
+
+def _setting(flag: str, default: Any, type_: type, help_: str) -> Any:
+    return field(default=default, metadata={"flag": flag, "type": type_, "help": help_})
+
+
+@dataclass(frozen=True)
+class ShapingConfig:
+    """How the scalar reward is spread over the tokens.
+
+    Raises UserError when a value is out of range. That ``method`` names a registered method is checked by
+    ``credit.methods.load``: others may register methods, so it is not a list kept here.
+    """
+
+    method: str = _setting(
+        "--reward_shaping", "none", str, "none (sparse, the host's own), abc, uniform, or a registered method's name"
+    )
+    beta: float = _setting(
+        "--shaping.beta", 0.8, float, "weight of the dense part in [0, 1]; 0 is the sparse reward (paper, eq. 8)"
+    )
+    layer: str = _setting(
+        "--shaping.layer",
+        "last_full",
+        str,
+        "reward model layer whose attention is read: last_full (last with full attention), last, or an index "
+        "(negative counts from the end)",
+    )
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.beta <= 1.0:
+            raise UserError(f"--shaping.beta {self.beta} is outside [0, 1]; the reference runs used 0.8")
+        if self.layer not in ("last_full", "last") and not self.layer.lstrip("-").isdecimal():
+            raise UserError(f"--shaping.layer {self.layer!r} is neither last_full, last nor a layer index such as -1")
+
+    @property
+    def dense(self) -> bool:
+        """Whether any reward moves off the last token."""
+        return self.method != "none" and self.beta > 0.0
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add one flag per setting, with the dataclass's default."""
+    group = parser.add_argument_group("reward shaping (abc_plugin)")
+    for setting in dataclasses.fields(ShapingConfig):
+        meta = setting.metadata
+        group.add_argument(
+            meta["flag"], dest=f"shaping.{setting.name}", type=meta["type"], default=setting.default, help=meta["help"]
+        )
+
+
+def split_flags(argv: list[str]) -> tuple[ShapingConfig, list[str]]:
+    """Take the plugin's flags out of ``argv``; what is left is for OpenRLHF's own parser.
+
+    Abbreviations are off, so a host flag is never mistaken for one of ours. A flag that starts like ours and is none
+    of them (a typing slip such as ``--shaping.bta``) is refused here: the host would not know whose it is.
+    """
+    parser = argparse.ArgumentParser(prog="abc-rlhf", allow_abbrev=False, add_help=False, exit_on_error=False)
+    add_flags(parser)
+    try:
+        ours, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
+    known = ", ".join(setting.metadata["flag"] for setting in dataclasses.fields(ShapingConfig))
+    for word in rest:
+        if word.startswith(("--shaping.", "--reward_shaping")):
+            raise UserError(f"unknown flag {word.split('=')[0]}; the plugin's flags are {known}")
+    return ShapingConfig(**{name.removeprefix("shaping."): value for name, value in vars(ours).items()}), rest

@@ -1,0 +1,28 @@
+"""What to watch while shaping: one number per response and metric."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from abc_plugin.credit.redistribute import last_action
+
+
+def credit_metrics(
+    weight_BA: Tensor, dense_BA: Tensor, reward_B: Tensor, action_mask_BA: Tensor, special_BA: Tensor
+) -> dict[str, Tensor]:
+    """Per-response metrics (B,), fp32, logged beside the host's own.
+
+    credit_entropy              -sum w ln w, nats; ln(number of actions) when uniform
+    credit_last_token           share of credit on the last action
+    credit_special_tokens       share of credit on special tokens (special_BA: bool, the action's token is special)
+    credit_conservation_error   |sum of shaped rewards - reward|, reward units; 0 for a response without actions
+    """
+    mask = action_mask_BA.bool()
+    reward_B = torch.where(mask.any(1), reward_B.float(), 0.0)
+    return {
+        "credit_entropy": torch.special.entr(weight_BA.clamp_min(0.0)).sum(1),
+        "credit_last_token": (weight_BA * last_action(mask)).sum(1),
+        "credit_special_tokens": (weight_BA * special_BA).sum(1),
+        "credit_conservation_error": (dense_BA.double().sum(1) - reward_B.double()).abs().float(),
+    }

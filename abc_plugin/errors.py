@@ -1,0 +1,9 @@
+"""The two ways the plugin fails on purpose."""
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that names the value and the remedy; the CLI prints it and exits with 2."""
+
+
+class CreditError(RuntimeError):
+    """Credit was asked for and cannot be recovered or attached. Ends the run: sparse reward is never a fallback."""

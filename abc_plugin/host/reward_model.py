@@ -1,0 +1,48 @@
+"""The reward model's worker: score and attention row from one forward."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from openrlhf.trainer.ray.launcher import RewardModelActor
+from torch import Tensor
+
+from abc_plugin.credit import methods
+from abc_plugin.recovery.tap import AttentionTap
+
+
+class ScoredBatch(NamedTuple):
+    """What travels from the reward model to the experience maker, on the CPU."""
+
+    reward_B: Tensor
+    attention_BS: Tensor  # attention of the token the score is read at, over all positions, fp32
+
+
+def undecorated(actor_class: type) -> type:
+    """The plain class behind ``@ray.remote``, which Ray keeps in a private attribute: an actor has no subclasses."""
+    metadata = getattr(actor_class, "__ray_metadata__", None)
+    return actor_class if metadata is None else metadata.modified_class
+
+
+class CreditRewardModel(undecorated(RewardModelActor)):
+    """OpenRLHF's reward-model worker; with a method that needs attention its forward returns a ScoredBatch."""
+
+    tap: AttentionTap | None = None
+
+    def init_model_from_pretrained(self, strategy: object, pretrain: str) -> None:
+        """Load the model as the host does, attach the tap and fire it once, before any rollout is made."""
+        super().init_model_from_pretrained(strategy, pretrain)
+        shaping = strategy.args.shaping
+        if shaping.dense and methods.load(shaping.method).needs_attention:
+            self.tap = AttentionTap(self.model, layer=shaping.layer)
+            strategy.print(f"abc_plugin: {self.tap.describe()}")
+            self.forward(torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.long))
+
+    def forward(self, sequences: Tensor, attention_mask: Tensor, **kwargs: object) -> Tensor | ScoredBatch:
+        """Host signature. The row is that of ``attention_mask``'s last position, where the host reads the score."""
+        if self.tap is None:
+            return super().forward(sequences, attention_mask, **kwargs)
+        with self.tap.record(attention_mask.to(torch.cuda.current_device())) as recording:
+            reward_B = super().forward(sequences, attention_mask, **kwargs)
+        return ScoredBatch(reward_B, recording.row_BS.to("cpu"))

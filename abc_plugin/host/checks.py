@@ -76,9 +76,21 @@ def check_models(args: Namespace) -> None:
             "trained with the policy's tokenizer"
         )
     if args.shaping.dense and methods.load(args.shaping.method).needs_attention:
-        with torch.device("meta"):  # structure only: no weights are read
-            skeleton = AutoModel.from_config(reward_config, attn_implementation=args.ds.attn_implementation)
-        AttentionTap(skeleton, layer=args.shaping.layer).close()
+        _check_tap(args, reward_config)
+
+
+def _check_tap(args: Namespace, reward_config: object) -> None:
+    """The attention tap attaches to a model of this structure; no weights are read."""
+    implementation = args.ds.attn_implementation
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModel.from_config(reward_config, attn_implementation=implementation, trust_remote_code=True)
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"--reward.model_name_or_path {args.reward.model_name_or_path} does not run under --ds.attn_implementation "
+            f"{implementation}: {str(error).split('. ')[0]}"
+        ) from None
+    AttentionTap(skeleton, layer=args.shaping.layer).close()
 
 
 def _config(flag: str, path: str | None) -> object:

@@ -10,6 +10,7 @@ from typing import Any
 from openrlhf.trainer import ppo_trainer
 from openrlhf.utils.deepspeed import DeepspeedStrategy
 from tqdm import tqdm
+from transformers import set_seed
 
 from abc_plugin.host.experience_maker import CreditExperienceMaker
 from abc_plugin.host.generation import TransformersSamplesGenerator
@@ -29,7 +30,11 @@ class LocalStrategy(DeepspeedStrategy):
 
 
 def local_strategy(args: Namespace) -> LocalStrategy:
-    """The host's get_strategy (utils/utils.py) with LocalStrategy."""
+    """The host's get_strategy (utils/utils.py) with LocalStrategy.
+
+    It also seeds this process: the host seeds its workers only, and leaves the order of prompts to chance.
+    """
+    set_seed(args.train.seed)
     return LocalStrategy(
         seed=args.train.seed,
         full_determinism=args.train.full_determinism_enable,
@@ -81,6 +86,9 @@ class LocalPPOTrainer(undecorated(ppo_trainer.PPOTrainer)):
             "reward_mean": _mean(self.history, "rollout/reward_mean"),
             "kl_last": _mean(last, "kl"),
         }
+
+    def broadcast_to_vllm(self) -> None:
+        """Nothing to send: the policy generates itself."""
 
     def train_step(self, rollout_samples: list, global_step: int) -> tuple[dict, int]:
         status, step = super().train_step(rollout_samples, global_step)

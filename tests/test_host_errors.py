@@ -1,0 +1,135 @@
+"""Bad input: one line that names the value and the remedy, exit status 2, before any model is loaded."""
+
+import json
+import shutil
+
+import pytest
+from conftest import local_flags, run_python
+
+from abc_plugin import cli
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_trained(monkeypatch):
+    """These must fail before training; reaching it fails the test."""
+    from abc_plugin.host import local
+
+    monkeypatch.setattr(local, "_train", lambda args: pytest.fail("training was started"))
+
+
+def said(capsys, words):
+    assert cli.main(["local", *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("abc-rlhf: error: ")
+    return error
+
+
+def prompts(tmp_path, *rows):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+GOOD_ROWS = [{"input": "The film", "other": 1}] * 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward_shaping": "abcd"}, r"--reward_shaping 'abcd' is not registered; registered: abc, none, uniform"),
+        ({"shaping.beta": 1.2}, r"--shaping.beta 1.2 is outside [0, 1]"),
+        ({"shaping.layer": 7, "reward_shaping": "abc"}, "7"),
+        (
+            {"actor.model_name_or_path": "/nowhere/policy"},
+            "--actor.model_name_or_path /nowhere/policy: no such directory",
+        ),
+        ({"reward.model_name_or_path": "./rm"}, "--reward.model_name_or_path ./rm: no such directory"),
+        ({"data.prompt_dataset": "/nowhere/p.jsonl"}, "--data.prompt_dataset /nowhere/p.jsonl cannot be read"),
+        ({"data.input_key": "question"}, "has no key 'question', only input; set --data.input_key"),
+        ({"data.label_key": "answer"}, "has no key 'answer', only input; set --data.label_key"),
+        ({"rollout.batch_size": 500}, "fewer than one step needs: lower --rollout.batch_size 500"),
+        ({"ds.attn_implementation": "flash_attention_2"}, "needs a CUDA device and there is none; use sdpa"),
+        ({"ds.value_head_prefix": "value"}, "has no weight value.weight"),
+        ({"ds.ring_attn_size": 2, "ds.packing_samples": None}, "does not work with abc-rlhf local"),
+        (
+            {"reward.remote_url": "http://localhost/score"},
+            "--reward.remote_url ['http://localhost/score'] does not work",
+        ),
+        ({"train.unknown": 3}, "unrecognized arguments: --train.unknown 3"),
+        ({"train.batch_size": "many"}, "invalid int value: 'many'"),
+    ],
+)
+def test_flags(tiny, tmp_path, capsys, changes, message):
+    words = [word for word in local_flags(tiny, tmp_path, **changes) if word != "None"]
+    if "cuda" in message.lower():
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a CUDA device")
+    if "ds.packing_samples" in changes:  # the host itself refuses packing without engines
+        message = "Only support `--packing_samples` with vLLM"
+    assert message in said(capsys, words)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([*GOOD_ROWS, {"input": " \n", "other": 1}], "has an empty prompt in row 9 (key 'input'); remove the row"),
+        ([*GOOD_ROWS, {"input": None, "other": 1}], "has an empty prompt in row 9"),
+        (GOOD_ROWS[:3], "has 3 prompts, fewer than one step needs"),
+    ],
+)
+def test_datasets(tiny, tmp_path, capsys, rows, message):
+    words = local_flags(tiny, tmp_path, **{"data.prompt_dataset": prompts(tmp_path, *rows)})
+    assert message in said(capsys, words)
+
+
+def test_a_reward_model_with_another_tokenizer(tiny, tmp_path, capsys):
+    other = shutil.copytree(tiny / "reward_model", tmp_path / "other")
+    path = other / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["Ġthe"], vocabulary["Ġa"] = vocabulary["Ġa"], vocabulary["Ġthe"]
+    path.write_text(json.dumps(tokenizer))
+    error = said(capsys, local_flags(tiny, tmp_path, **{"reward.model_name_or_path": other}))
+    assert "policy and reward model must share a tokenizer, but the token 'Ġ" in error
+    assert "use a reward model trained with the policy's tokenizer" in error
+
+
+def test_a_reward_model_the_tap_cannot_attach_to(tiny, tmp_path, capsys):
+    import torch
+    from safetensors.torch import save_file
+    from transformers import BloomConfig, BloomModel
+
+    odd = tmp_path / "odd"
+    shutil.copytree(tiny / "reward_model", odd)
+    model = BloomModel(BloomConfig(vocab_size=49152, hidden_size=32, n_layer=1, n_head=2))
+    model.config.save_pretrained(odd)
+    weights = {f"transformer.{name}": value.contiguous() for name, value in model.state_dict().items()}
+    save_file(weights | {"score.weight": torch.zeros(1, 32)}, odd / "model.safetensors", {"format": "pt"})
+    changes = {"reward.model_name_or_path": odd, "reward_shaping": "abc"}
+    assert "BloomModel does not support" in said(capsys, local_flags(tiny, tmp_path, **changes))
+    changes["ds.attn_implementation"] = "eager"
+    error = said(capsys, local_flags(tiny, tmp_path, **changes))
+    assert "BloomModel is not supported" in error
+
+
+def test_exit_status_and_one_line_in_a_process_of_its_own(tiny, tmp_path):
+    result = run_python("-m", "abc_plugin", "local", *local_flags(tiny, tmp_path, **{"reward_shaping": "abd"}))
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.strip().splitlines() == [
+        "abc-rlhf: error: --reward_shaping 'abd' is not registered; registered: abc, none, uniform"
+    ]
+
+
+def test_several_processes_are_refused(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE=2: abc-rlhf local runs one process" in said(capsys, local_flags(tiny, tmp_path))
+
+
+def test_help_shows_both_sets_of_flags(capsys):
+    assert cli.main(["local", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--shaping.beta" in text
+    assert "--algo.kl.init_coef" in text

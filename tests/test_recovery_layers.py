@@ -1,0 +1,105 @@
+"""Which layer the setting names, and what is refused by name."""
+
+import warnings
+
+import pytest
+import torch
+from recovery_models import tiny
+from transformers import BloomConfig, BloomModel, FalconConfig, FalconModel, T5Config, T5Model
+
+from abc_plugin.errors import UserError
+from abc_plugin.recovery.layers import attention_layers, is_full, target_layer
+from abc_plugin.recovery.tap import AttentionTap
+
+
+def chosen(model, layer):
+    module, index, total = target_layer(model, layer)
+    assert module.layer_idx == index
+    return index, total
+
+
+@pytest.mark.parametrize(
+    ("layer", "index"), [("last_full", 2), ("last", 2), ("0", 0), ("1", 1), ("2", 2), ("-1", 2), ("-3", 0)]
+)
+def test_layer_of_a_plain_decoder(layer, index):
+    assert chosen(tiny("llama"), layer) == (index, 3)
+
+
+@pytest.mark.parametrize(("family", "full"), [("gemma3", 1), ("gemma2", 1), ("gpt_oss", 1), ("qwen2_window", 0)])
+def test_last_full_skips_sliding_layers(family, full):
+    model = tiny(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(model, "last_full") == (full, 3)
+    assert chosen(model, "last") == (2, 3)
+
+
+def test_without_a_full_layer_the_last_is_read_with_a_warning():
+    model = tiny("mistral_window")
+    assert not any(map(is_full, attention_layers(model).values()))
+    with pytest.warns(UserWarning, match="MistralModel has no layer with full attention: layer 2"):
+        assert chosen(model, "last_full") == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [("3", "has 3 layers, 0 to 2"), ("-4", "has 3 layers"), ("first", "'first' is neither"), ("", "neither")],
+)
+def test_a_layer_that_does_not_exist_is_refused(layer, message):
+    with pytest.raises(UserError, match=message):
+        target_layer(tiny(), layer)
+
+
+def test_layers_beyond_the_configured_number_are_not_run_and_not_chosen():
+    model = tiny()
+    model.config.num_hidden_layers = 2
+    assert chosen(model, "last") == (1, 2)
+
+
+class Holder:
+    def __init__(self, **parts):
+        self.__dict__.update(parts)
+
+
+def test_holders_that_are_no_modules_are_looked_through():
+    model = tiny()
+    assert target_layer(Holder(model=Holder(module=model)), "last")[0] is model.layers[2].self_attn
+    with pytest.raises(UserError, match="Holder holds no torch model"):
+        target_layer(Holder(), "last")
+
+
+SMALL = {"vocab_size": 32, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+BYPASSING = {
+    "FalconModel": lambda: FalconModel(FalconConfig(**SMALL)),
+    "BloomModel": lambda: BloomModel(BloomConfig(vocab_size=32, hidden_size=32, n_head=2, n_layer=2)),
+}
+
+
+@pytest.mark.parametrize("name", BYPASSING)
+def test_models_outside_the_attention_interface_are_refused_by_name(name):
+    with pytest.raises(UserError, match=f"{name} is not supported: .*; use a reward model such as llama"):
+        AttentionTap(BYPASSING[name]())
+
+
+def test_models_that_are_no_decoders_are_refused():
+    t5 = T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    with pytest.raises(UserError, match="T5Model"):
+        AttentionTap(T5Model(t5))
+    with pytest.raises(UserError, match="Linear is not supported"):
+        AttentionTap(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("implementation", ["flex_attention", "paged|flash_attention_2", "paged|sdpa", None])
+def test_other_attention_implementations_are_refused_by_name(implementation):
+    model = tiny()
+    model.config._attn_implementation_internal = implementation
+    with pytest.raises(UserError, match="of LlamaModel is not supported; use sdpa") as error:
+        AttentionTap(model)
+    assert repr(implementation) in str(error.value)
+
+
+def test_softcap_is_refused_under_sdpa_which_drops_it():
+    model = tiny("gemma2")
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(UserError, match="Gemma2Model is not supported under sdpa"):
+        AttentionTap(model)

@@ -1,0 +1,95 @@
+"""Which layer: the attention modules of a model, and the one that the setting ``layer`` names."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from abc_plugin.errors import UserError
+
+REMEDY = "use a reward model such as llama, qwen2, qwen3, mistral, gemma3, gpt2 or opt"
+
+
+def unwrap(model: Any) -> nn.Module:
+    """The first nn.Module along ``.module`` and ``.model``: a holder that is no module itself may be passed."""
+    inner = model
+    while not isinstance(inner, nn.Module):
+        inner = getattr(inner, "module", None) or getattr(inner, "model", None)
+        if inner is None:
+            kind = type(model).__name__
+            raise UserError(f"{kind} holds no torch model under .module or .model; pass the model itself")
+    return inner
+
+
+def model_name(model: Any) -> str:
+    """Class name of the transformers model inside any wrappers (DeepSpeed, PEFT, a class of the user's)."""
+    root = unwrap(model)
+    return type(next((part for part in root.modules() if isinstance(part, PreTrainedModel)), root)).__name__
+
+
+def attention_layers(model: Any) -> dict[int, nn.Module]:
+    """The attention modules that a forward runs, by layer index, ascending.
+
+    transformers gives each decoder attention its class name and ``layer_idx``; layers beyond the config's
+    num_hidden_layers are never run.
+    Raises UserError when there is none, or two for one layer (encoder-decoders, cross-attention).
+    """
+    found: dict[int, nn.Module] = {}
+    for part in unwrap(model).modules():
+        index = getattr(part, "layer_idx", None)
+        if index is None or "Attention" not in type(part).__name__ or not hasattr(part, "config"):
+            continue
+        if index >= part.config.num_hidden_layers:
+            continue
+        if index in found:
+            raise UserError(
+                f"{model_name(model)} has two attention modules in layer {index}; use a decoder-only reward model"
+            )
+        found[index] = part
+    if not found:
+        raise UserError(
+            f"{model_name(model)} is not supported: it has no attention module of transformers' usual form; {REMEDY}"
+        )
+    return dict(sorted(found.items()))
+
+
+def is_full(attention: nn.Module) -> bool:
+    """Whether a layer's queries see every earlier token (no sliding window, no chunks, not linear)."""
+    types = getattr(attention.config, "layer_types", None)
+    if types is not None:
+        return types[attention.layer_idx] == "full_attention"
+    return getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)) is None
+
+
+def target_layer(model: Any, layer: str = "last_full") -> tuple[nn.Module, int, int]:
+    """(attention module, its layer index from 0, number of layers) for a ``--shaping.layer`` string.
+
+    "last_full": the last layer with full attention; with none, the last one, and a warning.  "last": the last one.
+    An index such as "3" or "-2": that layer.
+    Raises UserError when the index is out of range or the layer has no attention, and as ``attention_layers`` does.
+    """
+    found = attention_layers(model)
+    total = next(iter(found.values())).config.num_hidden_layers
+    if layer in ("last_full", "last"):
+        full = [index for index, part in found.items() if is_full(part)]
+        if layer == "last_full" and not full:
+            warnings.warn(
+                f"{model_name(model)} has no layer with full attention: layer {max(found)} is read, and tokens "
+                "outside its window get no credit",
+                stacklevel=2,
+            )
+        index = full[-1] if layer == "last_full" and full else max(found)
+        return found[index], index, total
+    try:
+        index = int(layer)
+    except ValueError:
+        raise UserError(f"layer {layer!r} is neither last_full, last nor a layer index such as -1") from None
+    if not -total <= index < total:
+        raise UserError(f"layer {layer} is out of range: {model_name(model)} has {total} layers, 0 to {total - 1}")
+    index %= total
+    if index not in found:
+        raise UserError(f"layer {layer} of {model_name(model)} has no softmax attention; layers with: {sorted(found)}")
+    return found[index], index, total

@@ -1,0 +1,1 @@
+"""Curves and a page from a run's TensorBoard events and its samples files; imports neither torch nor OpenRLHF."""

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import random
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from abc_plugin.demo import build as building
 from abc_plugin.demo import prepare, reward, sources
 from abc_plugin.demo.recipe import Recipe, default_dir, recipe_hash
 from abc_plugin.demo.sources import Review, read_corpus
-from abc_plugin.demo.texts import cut_windows
+from abc_plugin.demo.texts import cut_prompts, cut_windows
 from abc_plugin.demo.tiny import make_tiny
 from abc_plugin.errors import UserError
 
@@ -73,6 +75,27 @@ def test_prompts_tokenise_to_4_to_8_tokens_and_back(tiny, name, count):
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert 4 <= len(ids) <= 8 and tokenizer.decode(ids) == text == text.rstrip() != ""
+
+
+class Words:
+    """A tokenizer of one id per character pair, so that cutting can leave a space at the end or join anew."""
+
+    def __call__(self, text, add_special_tokens):
+        pairs = [text[i : i + 2] for i in range(0, len(text), 2)]
+        return SimpleNamespace(input_ids=[7 if pair == "xx" else ord(pair[0]) * 256 + ord(pair[-1]) for pair in pairs])
+
+    def decode(self, ids):
+        return "".join("??" if i == 7 else chr(i // 256) + chr(i % 256) for i in ids)
+
+
+def test_prompts_that_end_in_space_do_not_come_back_repeat_or_are_avoided_are_left_out():
+    # In order: kept, repeated, ends in white space after the cut, decodes to other text, avoided, too short, kept.
+    texts = ["abcdefgh", "abcdefgh", "abc efg ", "abxxefgh", "avoidthe", "abcd", "ijklmnop"]
+    reviews = [Review(text, 1) for text in texts]
+    cut = partial(cut_prompts, reviews, tokens=(4, 4), tokenizer=Words(), rng=random.Random(0), avoid=["avoidthe"])
+    assert cut(count=2) == ["abcdefgh", "ijklmnop"]
+    with pytest.raises(ValueError, match="only 2 of 3"):
+        cut(count=3)
 
 
 def test_no_review_is_both_trained_on_and_held_out(tiny):

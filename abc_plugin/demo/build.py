@@ -88,15 +88,12 @@ def load_policy(tokenizer) -> LlamaForCausalLM:
 def train_reward_model(
     policy, corpus: sources.Corpus, tokenizer, recipe: Recipe, report: reward.Progress
 ) -> LlamaForSequenceClassification:
-    """The trained reward model in fp32; its lexicon comes from other texts than its last layer's training."""
+    """The trained reward model in fp32."""
     model = layout.reward_model(layout.llama_config(tokenizer, num_hidden_layers=recipe.layers, num_labels=1))
     mine = model.state_dict()
     model.load_state_dict(mine | {name: value for name, value in policy.state_dict().items() if name in mine})
 
-    report("counting words", 0.0)
-    rest = corpus.imdb[recipe.windows :] + corpus.rotten[recipe.sentences :]
-    lexicon_V = reward.fit_lexicon(rest, tokenizer, model.config.vocab_size, recipe.seed)
-    reward.prepare_weights(model, lexicon_V, recipe.lexicon_scale, recipe.seed)
+    reward.prepare_top(model)
 
     windows = texts.cut_windows(
         corpus.imdb[: recipe.windows], recipe.windows, recipe.window_words, random.Random(recipe.seed)

@@ -24,12 +24,16 @@ FREE_BYTES = 700 * 2**20  # what is written, with some air
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``abc-rlhf prepare``."""
     parser.add_argument("--out", type=Path, help="directory to make (default: $ABC_HOME or ~/.cache/abc_plugin)")
+    parser.add_argument("--path", action="store_true", help="print only the directory, for scripts")
     parser.add_argument("--force", action="store_true", help="make it anew even if it is there")
 
 
 def run(args: argparse.Namespace) -> int:
     """Make or find the directory and say in one line what lies there."""
     out = ensure(args.out, force=args.force)
+    if args.path:
+        print(out)
+        return 0
     print(summary(out, json.loads((out / "card.json").read_text(encoding="utf-8"))))
     return 0
 

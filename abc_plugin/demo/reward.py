@@ -1,8 +1,7 @@
 """The reward model: the first layers of SmolLM2, of which the last is trained to tell positive from negative text.
 
-Three steps that fit a laptop: (1) a logistic regression of one weight per token (the lexicon) is laid into the
-embeddings along one direction, (2) the frozen layers' features are computed once, (3) the last layer and the head are
-trained on them, from uniform attention, with the label asked for at every position of a text.
+Cheap enough for a laptop: the features of the frozen layers are computed once, and only the last layer, the final norm
+and the head are trained on them, with the label asked for at every position of a text.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from abc_plugin.demo.recipe import Recipe
-from abc_plugin.demo.sources import Review
 
 Progress = Callable[[str, float], None]  # what is happening, and the share done in [0, 1]
 CHUNK = 64  # texts in one forward of the frozen layers
@@ -50,38 +48,10 @@ def pad_right(texts: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     return ids, torch.tensor([len(text) for text in texts])
 
 
-def fit_lexicon(reviews: list[Review], tokenizer: PreTrainedTokenizerFast, vocabulary: int, seed: int) -> Tensor:
-    """Log-odds of the positive label per token (V,), fp32: logistic regression on blocks of 40 tokens, two passes."""
-    blocks, labels = [], []
-    for ids, review in zip(encode([r.text for r in reviews], tokenizer), reviews, strict=True):
-        block_NL = torch.tensor(ids + [tokenizer.pad_token_id] * (-len(ids) % 40)).view(-1, 40)
-        blocks.append(block_NL)
-        labels += [float(review.label)] * len(block_NL)
-    ids_NL, label_N = torch.cat(blocks), torch.tensor(labels)
-    weight = torch.nn.EmbeddingBag(vocabulary, 1, mode="sum", padding_idx=tokenizer.pad_token_id)
-    torch.nn.init.zeros_(weight.weight)
-    optimizer = torch.optim.Adam(weight.parameters(), lr=0.02)
-    order = torch.Generator().manual_seed(seed)
-    for _ in range(2):
-        for rows in torch.randperm(len(ids_NL), generator=order).split(2048):
-            optimizer.zero_grad()
-            binary_cross_entropy_with_logits(weight(ids_NL[rows]).squeeze(1), label_N[rows]).backward()
-            optimizer.step()
-    return weight.weight.detach().squeeze(1)
-
-
 @torch.no_grad()
-def prepare_weights(model: LlamaForSequenceClassification, lexicon_V: Tensor, scale: float, seed: int) -> None:
-    """Lay the lexicon into the embeddings, and make the last layer start as a plain mean over the text.
-
-    embedding[v] += scale · (mean embedding length) · lexicon[v] · (a random unit vector)
-    """
-    embedding_VD = model.model.embed_tokens.weight
-    direction_D = torch.randn(embedding_VD.shape[1], generator=torch.Generator().manual_seed(seed))
-    length = embedding_VD.norm(dim=1).mean()
-    embedding_VD += scale * length * lexicon_V[:, None] * direction_D / direction_D.norm()
-    model.model.layers[-1].self_attn.q_proj.weight.zero_()  # equal logits: every token counts the same
-    model.model.norm.weight.fill_(1.0)  # was made for the thirtieth layer
+def prepare_top(model: LlamaForSequenceClassification) -> None:
+    """Start the final norm and the head afresh: the norm was made for SmolLM2's thirtieth layer."""
+    model.model.norm.weight.fill_(1.0)
     model.score.weight.zero_()
 
 

@@ -87,8 +87,8 @@ def _check_tap(args: Namespace, reward_config: object) -> None:
             skeleton = AutoModel.from_config(reward_config, attn_implementation=implementation, trust_remote_code=True)
     except (ValueError, ImportError) as error:
         raise UserError(
-            f"--reward.model_name_or_path {args.reward.model_name_or_path} does not run under --ds.attn_implementation "
-            f"{implementation}: {str(error).split('. ')[0]}"
+            f"--reward.model_name_or_path {args.reward.model_name_or_path} does not run under "
+            f"--ds.attn_implementation {implementation}: {str(error).split('. ')[0]}"
         ) from None
     AttentionTap(skeleton, layer=args.shaping.layer).close()
 

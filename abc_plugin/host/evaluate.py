@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from abc_plugin.config import add_flags, split_flags
 from abc_plugin.credit import methods
@@ -56,11 +57,13 @@ def main(argv: list[str]) -> int:
 def sample(args: Namespace, prompts: list[str], method: methods.Method) -> list[dict]:
     """One completion per prompt with its reward and credit, in the order of ``prompts``."""
     from openrlhf.models import get_llm_for_sequence_regression
-    from openrlhf.utils import get_tokenizer
+    from openrlhf.utils import get_tokenizer, logging_utils
 
     from abc_plugin.host.generation import generate
     from abc_plugin.recovery.tap import AttentionTap
 
+    disable_progress_bar()
+    logging_utils._default_handler.setLevel("WARNING")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {"attn_implementation": args.ds.attn_implementation}
     policy = AutoModelForCausalLM.from_pretrained(args.actor.model_name_or_path, dtype=torch.bfloat16, **options)
@@ -115,7 +118,7 @@ def _score(
     return [
         {
             "prompt": prompt,
-            "tokens": [tokenizer.decode([token]) for token in tokens[start:]],
+            "tokens": [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in tokens[start:]],
             "credit": weight_A[mask_A].tolist(),
             "reward": reward,
         }

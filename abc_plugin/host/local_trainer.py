@@ -25,7 +25,7 @@ class LocalStrategy(DeepspeedStrategy):
     def get_ds_train_config(self, optim_dict: dict | None = None, **kwargs: object) -> dict:
         config = super().get_ds_train_config(optim_dict, **kwargs)
         if optim_dict and optim_dict["type"] == "AdamW":
-            config["optimizer"]["params"]["torch_adam"] = True
+            config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
         return config
 
 

@@ -7,7 +7,7 @@ import importlib
 import sys
 
 from abc_plugin import __version__
-from abc_plugin.errors import UserError
+from abc_plugin.errors import CreditError, UserError
 
 # name: (module, one line of help). A module offers add_arguments(parser) and run(args) -> exit status; those in
 # HOST_FLAGS hand their words to OpenRLHF's own parser and offer main(argv) -> exit status instead.
@@ -22,7 +22,7 @@ HOST_FLAGS = ("local", "evaluate")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; bad input is one line on stderr and exit status 2."""
+    """Run one command. Bad input is one line on stderr and exit status 2, credit that would be lost likewise and 1."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv and argv[0] in HOST_FLAGS:
@@ -31,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"abc-rlhf: error: {error}", file=sys.stderr)
         return 2
+    except CreditError as error:
+        print(f"abc-rlhf: stopped, because credit would be lost: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("abc-rlhf: stopped", file=sys.stderr)
         return 130

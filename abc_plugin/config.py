@@ -54,7 +54,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for setting in dataclasses.fields(ShapingConfig):
         meta = setting.metadata
         group.add_argument(
-            meta["flag"], dest=f"shaping.{setting.name}", type=meta["type"], default=setting.default, help=meta["help"]
+            meta["flag"],
+            dest=f"shaping.{setting.name}",
+            metavar=setting.name.upper(),
+            type=meta["type"],
+            default=setting.default,
+            help=f"{meta['help']} (default {setting.default})",
         )
 
 

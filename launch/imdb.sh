@@ -6,8 +6,8 @@ export PATH=$PWD/.venv/bin:$PATH HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export KMP_BLOCKTIME=0 OMP_WAIT_POLICY=PASSIVE
 export GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 
-abc-rlhf prepare
-demo=$(abc-rlhf prepare --path)
+if [ -z "${DEMO:-}" ]; then abc-rlhf prepare; fi
+demo=${DEMO:-$(abc-rlhf prepare --path)}  # DEMO=DIR: another directory of that layout
 common=(
     --reward.model_name_or_path "$demo/reward_model"
     --data.max_len 64 --rollout.max_new_tokens 16 --rollout.micro_batch_size 32

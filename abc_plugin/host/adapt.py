@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from abc_plugin.errors import UserError
+
+SUPPORTED = "0.11."  # versions of OpenRLHF: dotted flags, and train() as the local driver calls it
 
 # What OpenRLHF imports at module level from packages that one process without vLLM never calls.
 OPTIONAL = {
@@ -84,13 +87,15 @@ def without_cuda() -> None:
 def import_host() -> None:
     """Import OpenRLHF's PPO stack once, with whatever this machine has.
 
-    Raises UserError when OpenRLHF or one of its required packages is missing.
+    Raises UserError when OpenRLHF or one of its required packages is missing, or its version is not supported.
     """
     # Before the stand-ins: these probe for flash-attn and vLLM, and must find them absent.
     wanted = ("transformers", "datasets", "peft", "ray", "deepspeed", "torchdata")
     missing = [name for name in (*wanted, "openrlhf") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"not installed: {', '.join(missing)}; run bash launch/environment.sh, or pip install them")
+    if not (version := importlib.metadata.version("openrlhf")).startswith(SUPPORTED):
+        raise UserError(f"OpenRLHF {version} is not supported; pip install --no-deps 'openrlhf=={SUPPORTED}*'")
     without_cuda()
     for name in wanted:
         importlib.import_module(name)

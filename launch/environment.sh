@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Makes the environment in .venv of this clone (about 2 GB, 3 minutes); does nothing when it is there and up to date.
-# PYTHON=/path/to/python3.11 chooses the interpreter (3.10 or newer).
+# PYTHON=/path/to/python3.11 chooses the interpreter (3.11 or newer); pip's
+# own settings apply, e.g. an index of PyTorch's CPU builds, which saves gigabytes where there is no GPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    { echo "error: $("$python" --version) is too old; set PYTHON to Python 3.10 or newer" >&2; exit 2; }
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { echo "error: $("$python" --version) is too old; set PYTHON to Python 3.11 or newer" >&2; exit 2; }
 
 made_from=$(cat launch/requirements.txt launch/environment.sh setup.py | sha256sum | cut -c1-16)
 if [ "$(cat .venv/made-from 2>/dev/null)" = "$made_from" ]; then exit 0; fi

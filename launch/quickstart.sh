@@ -8,6 +8,10 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/imdb.sh"
 out=${OUT:-runs/quickstart}
 
+if [ -e "$out" ] && [ ! -e "$out/before.jsonl" ]; then
+    echo "error: $out exists and this script did not make it; set OUT to another directory" >&2
+    exit 2
+fi
 rm -rf "$out"
 evaluate "$demo/policy" "$out/before.jsonl" --reward_shaping abc
 train "$out" --reward_shaping abc "$@"

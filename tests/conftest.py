@@ -23,7 +23,7 @@ def tiny(tmp_path_factory) -> Path:
 
 
 def local_flags(tiny: Path, out: Path, **changes: object) -> list[str]:
-    """Flags of a run of three PPO steps; ``changes`` maps a flag's name without dashes to its value."""
+    """Flags of a run of three PPO steps; ``changes`` maps a flag's name without dashes to its value, None drops it."""
     flags = {
         "actor.model_name_or_path": tiny / "policy",
         "reward.model_name_or_path": tiny / "reward_model",
@@ -40,7 +40,7 @@ def local_flags(tiny: Path, out: Path, **changes: object) -> list[str]:
         "ckpt.output_dir": out,
         "ckpt.path": out / "checkpoints",
     } | changes
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
 
 
 def run_python(*words: object, **kwargs: object) -> subprocess.CompletedProcess:

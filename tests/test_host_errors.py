@@ -38,19 +38,39 @@ GOOD_ROWS = [{"input": "The film", "other": 1}] * 8
     [
         ({"reward_shaping": "abcd"}, r"--reward_shaping 'abcd' is not registered; registered: abc, none, uniform"),
         ({"shaping.beta": 1.2}, r"--shaping.beta 1.2 is outside [0, 1]"),
-        ({"shaping.layer": 7, "reward_shaping": "abc"}, "7"),
+        ({"shaping.layer": 7, "reward_shaping": "abc"}, "layer 7 is out of range"),
         (
             {"actor.model_name_or_path": "/nowhere/policy"},
             "--actor.model_name_or_path /nowhere/policy: no such directory",
         ),
         ({"reward.model_name_or_path": "./rm"}, "--reward.model_name_or_path ./rm: no such directory"),
-        ({"data.prompt_dataset": "/nowhere/p.jsonl"}, "--data.prompt_dataset /nowhere/p.jsonl cannot be read"),
+        (
+            {"data.prompt_dataset": "/nowhere/p.jsonl"},
+            "--data.prompt_dataset /nowhere/p.jsonl (split 'train') cannot be",
+        ),
         ({"data.input_key": "question"}, "has no key 'question', only input; set --data.input_key"),
         ({"data.label_key": "answer"}, "has no key 'answer', only input; set --data.label_key"),
-        ({"rollout.batch_size": 500}, "fewer than one step needs: lower --rollout.batch_size 500"),
+        (
+            {"train.batch_size": 16},
+            "a rollout has 8 completions (--rollout.batch_size 8, --rollout.n_samples_per_prompt 1",
+        ),
+        (
+            {"rollout.max_new_tokens": 48},
+            "--rollout.max_new_tokens 48 leaves no room for a prompt in --data.max_len 48",
+        ),
+        ({"rollout.temperature": 0}, "--rollout.temperature 0.0: PPO needs sampled completions"),
+        ({"rollout.micro_batch_size": 0}, "OpenRLHF refused the flags: integer division or modulo by zero"),
+        ({"algo.advantage.is_correction_level": "token"}, "--algo.advantage.is_correction_level token does not work"),
+        ({"actor.model_name_or_path": None}, "--actor.model_name_or_path is missing"),
+        ({"reward.model_name_or_path": None}, "--reward.model_name_or_path is missing"),
+        ({"data.prompt_dataset": None}, "--data.prompt_dataset is missing"),
+        ({"data.prompt_split": "test"}, "(split 'test') cannot be read"),
         ({"ds.attn_implementation": "flash_attention_2"}, "needs a CUDA device and there is none; use sdpa"),
         ({"ds.value_head_prefix": "value"}, "has no weight value.weight"),
-        ({"ds.ring_attn_size": 2, "ds.packing_samples": None}, "does not work with abc-rlhf local"),
+        (
+            {"ds.ring_attn_size": 2},
+            "OpenRLHF refused the flags: Only support `--packing_samples` with vLLM. (one process",
+        ),
         (
             {"reward.remote_url": "http://localhost/score"},
             "--reward.remote_url ['http://localhost/score'] does not work",
@@ -60,14 +80,12 @@ GOOD_ROWS = [{"input": "The film", "other": 1}] * 8
     ],
 )
 def test_flags(tiny, tmp_path, capsys, changes, message):
-    words = [word for word in local_flags(tiny, tmp_path, **changes) if word != "None"]
+    words = local_flags(tiny, tmp_path, **changes)
     if "cuda" in message.lower():
         import torch
 
         if torch.cuda.is_available():
             pytest.skip("this machine has a CUDA device")
-    if "ds.packing_samples" in changes:  # the host itself refuses packing without engines
-        message = "Only support `--packing_samples` with vLLM"
     assert message in said(capsys, words)
 
 
@@ -76,7 +94,12 @@ def test_flags(tiny, tmp_path, capsys, changes, message):
     [
         ([*GOOD_ROWS, {"input": " \n", "other": 1}], "has an empty prompt in row 9 (key 'input'); remove the row"),
         ([*GOOD_ROWS, {"input": None, "other": 1}], "has an empty prompt in row 9"),
-        (GOOD_ROWS[:3], "has 3 prompts, fewer than one step needs"),
+        ([{"input": 5, "other": 1}] * 8, "has a prompt that is no text in row 1 (key 'input'): 5"),
+        ([{"input": [{"role": "user"}], "other": 1}] * 8, "lists of messages with --data.apply_chat_template"),
+        (
+            GOOD_ROWS[:3],
+            "a rollout has 3 completions (--rollout.batch_size 8, --rollout.n_samples_per_prompt 1, 3 prom",
+        ),
     ],
 )
 def test_datasets(tiny, tmp_path, capsys, rows, message):
@@ -84,16 +107,52 @@ def test_datasets(tiny, tmp_path, capsys, rows, message):
     assert message in said(capsys, words)
 
 
-def test_a_reward_model_with_another_tokenizer(tiny, tmp_path, capsys):
+@pytest.mark.parametrize("flag", ["reward.model_name_or_path", "critic.model_name_or_path"])
+def test_a_model_with_another_tokenizer(tiny, tmp_path, capsys, flag):
     other = shutil.copytree(tiny / "reward_model", tmp_path / "other")
     path = other / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["Ġthe"], vocabulary["Ġa"] = vocabulary["Ġa"], vocabulary["Ġthe"]
     path.write_text(json.dumps(tokenizer))
-    error = said(capsys, local_flags(tiny, tmp_path, **{"reward.model_name_or_path": other}))
-    assert "policy and reward model must share a tokenizer, but the token 'Ġ" in error
-    assert "use a reward model trained with the policy's tokenizer" in error
+    error = said(capsys, local_flags(tiny, tmp_path, **{flag: other}))
+    assert f"--{flag} {other} and the policy" in error
+    assert "must share a tokenizer, but the token 'Ġ" in error
+    assert "use a model trained with the policy's tokenizer" in error
+
+
+def test_a_damaged_tokenizer(tiny, tmp_path, capsys):
+    other = shutil.copytree(tiny / "reward_model", tmp_path / "other")
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text()[:5000])
+    words = local_flags(tiny, tmp_path, **{"reward.model_name_or_path": other})
+    assert f"--reward.model_name_or_path {other} has no usable tokenizer" in said(capsys, words)
+
+
+@pytest.mark.parametrize(
+    ("flag", "pattern", "message"),
+    [
+        ("reward.model_name_or_path", "tokenizer*", "has no usable tokenizer"),
+        ("reward.model_name_or_path", "*.safetensors", "has no weights (model.safetensors or pytorch_model.bin)"),
+        ("actor.model_name_or_path", "*.safetensors", "has no weights (model.safetensors or pytorch_model.bin)"),
+        ("actor.model_name_or_path", "config.json", "is not a Hugging Face model"),
+    ],
+)
+def test_an_incomplete_model_directory(tiny, tmp_path, capsys, flag, pattern, message):
+    source = tiny / ("policy" if flag.startswith("actor") else "reward_model")
+    broken = shutil.copytree(source, tmp_path / "broken", ignore=shutil.ignore_patterns(pattern))
+    assert message in said(capsys, local_flags(tiny, tmp_path, **{flag: broken}))
+
+
+def test_a_bin_checkpoint_without_a_head(tiny, tmp_path, capsys):
+    import torch
+    from safetensors.torch import load_file
+
+    other = shutil.copytree(tiny / "reward_model", tmp_path / "bin", ignore=shutil.ignore_patterns("*.safetensors"))
+    weights = load_file(tiny / "reward_model" / "model.safetensors")
+    weights["other.weight"] = weights.pop("score.weight")
+    torch.save(weights, other / "pytorch_model.bin")
+    words = local_flags(tiny, tmp_path, **{"reward.model_name_or_path": other})
+    assert "has no weight score.weight" in said(capsys, words)
 
 
 def test_a_reward_model_the_tap_cannot_attach_to(tiny, tmp_path, capsys):

@@ -123,15 +123,16 @@ def test_interrupt_keeps_the_checkpoints_and_resume_goes_on(tiny, tmp_path):
         text=True,
     )
     latest = tmp_path / "checkpoints" / "_actor" / "latest"
-    deadline = time.time() + 120
-    while time.time() < deadline and not (latest.exists() and latest.read_text().strip() >= "global_step2"):
+    deadline = time.time() + 200
+    while time.time() < deadline and not latest.exists():
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err[-2000:]
     assert "stopped; checkpoints kept: " in out
-    assert "global_step2" in out
-    step = int(latest.read_text().strip().removeprefix("global_step"))
+    tag = latest.read_text().strip()
+    assert tag in out
+    step = int(tag.removeprefix("global_step"))
     flags = local_flags(tiny, tmp_path, **{"train.num_episodes": step // 3 + 1, "reward_shaping": "uniform"})
     result = run_python("-m", "abc_plugin", "local", *flags, "--ckpt.load_enable")
     assert result.returncode == 0, result.stderr[-2000:]

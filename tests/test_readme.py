@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,13 +55,11 @@ def test_the_python_example_runs(tiny):
 
 
 def script(name, tiny, out, *flags, **environment):
-    """Run a launch script on the tiny models; environment.sh finds the environment that runs this test."""
-    if not (ROOT / ".venv" / "made-from").exists():
-        pytest.skip("no .venv in this clone: run by bash tests/run.sh")
+    """Run a launch script on the tiny models, in the environment that runs this test."""
     short = ["--data.max_samples", "32", "--rollout.batch_size", "16", "--rollout.max_new_tokens", "4"]
-    environment = {"DEMO": str(tiny), "OUT": str(out), "OMP_NUM_THREADS": "1", **environment}
+    settings = environment | {"DEMO": str(tiny), "OUT": str(out), "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix}
     words = ["bash", str(ROOT / "launch" / name), *short, *flags]
-    result = subprocess.run(words, capture_output=True, text=True, timeout=600, env=os.environ | environment)
+    result = subprocess.run(words, capture_output=True, text=True, timeout=600, env=os.environ | settings)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     return result.stdout
 
@@ -85,6 +84,14 @@ def test_compare_runs_every_method_and_goes_on_where_it_stopped(tiny, tmp_path):
         assert json.loads((tmp_path / run / "summary.json").read_text())["steps"] == 2
     assert "uniform" in said
     assert (tmp_path / "report.html").exists()
+    (tmp_path / "none-2" / "after.jsonl").unlink()  # as if it had been interrupted
     made = {path: path.stat().st_mtime for path in tmp_path.glob("*/summary.json")}
     script("compare.sh", tiny, tmp_path, **settings)
-    assert made == {path: path.stat().st_mtime for path in tmp_path.glob("*/summary.json")}
+    again = {path: path.stat().st_mtime for path in tmp_path.glob("*/summary.json")}
+    assert {path.parent.name for path in made if made[path] != again[path]} == {"none-2"}
+
+
+@pytest.mark.slow
+def test_compare_says_which_run_failed(tiny, tmp_path):
+    with pytest.raises(AssertionError, match="--shaping.beta 7.0 is outside(.|\n)*error: failed: .*uniform-1/failed"):
+        script("compare.sh", tiny, tmp_path, "--shaping.beta", "7", METHODS="uniform", SEEDS="1")

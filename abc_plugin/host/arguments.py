@@ -14,6 +14,11 @@ from abc_plugin.errors import UserError
 from abc_plugin.host.adapt import optional_packages
 
 CLI = "openrlhf.cli.train_ppo_ray"
+REQUIRED = {
+    "--actor.model_name_or_path": "a Hugging Face model directory",
+    "--reward.model_name_or_path": "a reward model's directory",
+    "--data.prompt_dataset": "a JSONL file of prompts",
+}
 
 # One process: what the host asks about its cluster has only this answer. Appended to the flags: the last one counts.
 ONE_PROCESS = {
@@ -41,7 +46,7 @@ def parse(argv: list[str]) -> Namespace:
 
     The parser is not importable: it stands under ``if __name__ == "__main__"``. The first thing ``train`` does is to
     ask whether Ray is up; that is where it is stopped.
-    Raises UserError for what the host's parser or its assertions refuse.
+    Raises UserError for what the host's script refuses.
     """
     with (
         mock.patch("ray.is_initialized", _stop_at_train),
@@ -53,24 +58,30 @@ def parse(argv: list[str]) -> Namespace:
             runpy.run_path(importlib.util.find_spec(CLI).origin, run_name="__main__")
         except _Parsed as parsed:
             return parsed.args[0]
-        except AssertionError as error:
-            raise UserError(str(error) or f"OpenRLHF refused the flags {' '.join(argv)}") from None
+        except Exception as error:  # assertions, and what the script trips over when a value makes no sense
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"OpenRLHF refused the flags: {reason} (one process runs without vLLM engines)") from None
     raise RuntimeError(f"{CLI} ended without calling train(args): this OpenRLHF version is not supported")
 
 
 def parse_for_one_process(argv: list[str], shaping: ShapingConfig) -> tuple[Namespace, list[str]]:
     """``parse``, with the answers that follow from running in this process, and ``args.shaping``.
 
-    Returns the arguments and the words of ``argv`` that are ignored here.
+    Returns the arguments and the words of ``argv`` that are ignored here. Raises UserError as ``parse``, and when a
+    required flag is missing.
     """
     from transformers.utils import is_flash_attn_2_available
 
+    given = [word.split("=")[0] for word in argv]
+    for flag, what in REQUIRED.items():
+        if flag not in given:
+            raise UserError(f"{flag} is missing; give {what} (abc-rlhf prepare makes one)")
     args = parse([*argv, *(word for pair in ONE_PROCESS.items() for word in pair)])
     args.shaping = shaping
     args.train.colocate_all = args.train.colocate_actor_ref = args.train.colocate_critic_reward = False
     args.ds.enable_sleep = args.vllm.enable_sleep = False
-    if not any(word.startswith("--ds.attn_implementation") for word in argv) and not is_flash_attn_2_available():
+    if not any(flag.startswith("--ds.attn") for flag in given) and not is_flash_attn_2_available():
         args.ds.attn_implementation = "sdpa"
     if args.logger.tensorboard_dir is None:
         args.logger.tensorboard_dir = str(Path(args.ckpt.output_dir) / "tensorboard")
-    return args, [word for word in argv if word.split("=")[0] in ONE_PROCESS or word.startswith("--train.colocate")]
+    return args, [flag for flag in given if flag in ONE_PROCESS or flag.startswith(("--vllm.", "--train.colocate"))]

@@ -9,24 +9,32 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from datasets import Dataset
 from openrlhf.datasets.utils import blending_datasets
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
 
 from abc_plugin.credit import methods
 from abc_plugin.errors import UserError
 from abc_plugin.recovery.tap import AttentionTap
 from abc_plugin.tokenizers import first_difference
 
-# Flags that mean something only with engines or several processes: (attribute path, refused value, what to do).
+# Flags that one process without engines cannot honour: (attribute path, refused value, why and what to do). Packing,
+# ring attention, dynamic batches and host-side evaluation are refused by OpenRLHF itself, for want of engines.
 UNSUPPORTED = (
     ("reward.remote_url", bool, "a remote reward is called by vLLM engines; give --reward.model_name_or_path"),
-    ("train.async_enable", bool, "one process cannot roll out while it trains; leave it out"),
-    ("algo.dynamic_filtering_enable", bool, "it needs a remote reward; leave it out"),
-    ("eval.dataset", bool, "OpenRLHF evaluates remote rewards only; use abc-rlhf evaluate"),
-    ("ds.packing_samples", bool, "packed sequences need flash-attn and engines; leave it out"),
     ("reward.normalize_enable", bool, "OpenRLHF loses the mean and deviation while loading the model; leave it out"),
+    ("algo.advantage.is_correction_level", lambda level: level != "off", "there is no second engine; leave it out"),
+    ("train.async_enable", bool, "one process cannot roll out while it trains; leave it out"),
+    ("train.enable_ema", lambda ema: ema and not torch.cuda.is_available(), "it needs a CUDA device; leave it out"),
     ("ds.load_in_4bit", bool, "4-bit weights are not supported by this driver; leave it out"),
-    ("ds.ring_attn_size", lambda size: size > 1, "ring attention needs several processes; leave it out"),
     ("ds.tensor_parallel_size", lambda size: size > 1, "tensor parallelism needs several processes; leave it out"),
     ("data.max_images_per_prompt", bool, "text only; leave it out"),
 )
@@ -44,6 +52,11 @@ def check_supported(args: Namespace) -> None:
         raise UserError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: abc-rlhf local runs one process; start it with python"
         )
+    if args.rollout.max_new_tokens is not None and not 0 < args.rollout.max_new_tokens < args.data.max_len:
+        raise UserError(
+            f"--rollout.max_new_tokens {args.rollout.max_new_tokens} leaves no room for a prompt in --data.max_len "
+            f"{args.data.max_len}"
+        )
     if "flash" in args.ds.attn_implementation and not torch.cuda.is_available():
         raise UserError(
             f"--ds.attn_implementation {args.ds.attn_implementation} needs a CUDA device and there is none; use sdpa"
@@ -51,33 +64,35 @@ def check_supported(args: Namespace) -> None:
 
 
 def check_models(args: Namespace) -> None:
-    """Paths exist, the reward model has its head, the attention tap fits, and the tokenizers are the same."""
-    configs = {
-        flag: _config(flag, path)
-        for flag, path in (
-            ("--actor.model_name_or_path", args.actor.model_name_or_path),
-            ("--reward.model_name_or_path", args.reward.model_name_or_path),
-            *(
-                [("--critic.model_name_or_path", args.critic.model_name_or_path)]
-                if args.critic.model_name_or_path
-                else []
-            ),
-        )
-    }
-    reward_config = configs["--reward.model_name_or_path"]
-    _check_reward_head(args.reward.model_name_or_path, reward_config, args.ds.value_head_prefix)
-    policy, reward_model = (
-        AutoTokenizer.from_pretrained(path, trust_remote_code=True, use_fast=not args.data.disable_fast_tokenizer)
-        for path in (args.actor.model_name_or_path, args.reward.model_name_or_path)
-    )
-    if difference := first_difference(policy, reward_model):
-        raise UserError(
-            f"policy and reward model must share a tokenizer, but {difference} (policy "
-            f"{args.actor.model_name_or_path}, reward model {args.reward.model_name_or_path}); use a reward model "
-            "trained with the policy's tokenizer"
-        )
+    """Models have their weights and heads and share a tokenizer, and the attention tap fits the reward model."""
+    policy, reward, critic = (part.model_name_or_path for part in (args.actor, args.reward, args.critic))
+    _config("--actor.model_name_or_path", policy)
+    reward_config = _config("--reward.model_name_or_path", reward)
+    _weight_names("--actor.model_name_or_path", policy)
+    _check_reward_head(reward, reward_config, args.ds.value_head_prefix)
+    others = {"--reward.model_name_or_path": reward}
+    if critic and critic != reward:
+        _config("--critic.model_name_or_path", critic)
+        others["--critic.model_name_or_path"] = critic
+    tokenizer = _tokenizer(args, "--actor.model_name_or_path", policy)
+    for flag, path in others.items():
+        if difference := first_difference(tokenizer, _tokenizer(args, flag, path)):
+            raise UserError(
+                f"{flag} {path} and the policy {policy} must share a tokenizer, but {difference}; use a model trained "
+                "with the policy's tokenizer"
+            )
     if args.shaping.dense and methods.load(args.shaping.method).needs_attention:
         _check_tap(args, reward_config)
+
+
+def _tokenizer(args: Namespace, flag: str, path: str) -> object:
+    try:
+        return AutoTokenizer.from_pretrained(
+            path, trust_remote_code=True, use_fast=not args.data.disable_fast_tokenizer
+        )
+    except Exception as error:  # a damaged tokenizer.json raises the bare class
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{flag} {path} has no usable tokenizer ({reason}); save its tokenizer beside it") from None
 
 
 def _check_tap(args: Namespace, reward_config: object) -> None:
@@ -94,9 +109,7 @@ def _check_tap(args: Namespace, reward_config: object) -> None:
     AttentionTap(skeleton, layer=args.shaping.layer).close()
 
 
-def _config(flag: str, path: str | None) -> object:
-    if not path:
-        raise UserError(f"{flag} is missing; give a directory with a Hugging Face model (abc-rlhf prepare makes one)")
+def _config(flag: str, path: str) -> object:
     if not Path(path).expanduser().is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise UserError(f"{flag} {path}: no such directory")
     try:
@@ -108,63 +121,91 @@ def _config(flag: str, path: str | None) -> object:
 def _check_reward_head(path: str, config: object, prefix: str) -> None:
     """Without its head in the checkpoint, transformers would give the reward model a random one and only warn."""
     prefix = getattr(config, "value_head_prefix", prefix)
-    names = _weight_names(Path(path).expanduser())
-    if names is not None and f"{prefix}.weight" not in names:
+    if f"{prefix}.weight" not in _weight_names("--reward.model_name_or_path", path):
         raise UserError(
             f"--reward.model_name_or_path {path} has no weight {prefix}.weight: it is no reward model, or its scalar "
             f"head has another name, which --ds.value_head_prefix can give"
         )
 
 
-def _weight_names(path: Path) -> set[str] | None:
-    """Names of a local safetensors checkpoint's tensors; None when it is stored otherwise."""
-    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-    if index.exists():
-        return set(json.loads(index.read_text())["weight_map"])
-    if single.exists():
-        from safetensors import safe_open
+def _weight_names(flag: str, path: str) -> set[str]:
+    """Names of a checkpoint's tensors, of a directory or from the hub. Raises UserError when it has no weights."""
+    readers = {
+        SAFE_WEIGHTS_INDEX_NAME: _indexed,
+        SAFE_WEIGHTS_NAME: _in_safetensors,
+        WEIGHTS_INDEX_NAME: _indexed,
+        WEIGHTS_NAME: lambda file: set(torch.load(file, map_location="meta", weights_only=True)),
+    }
+    for name, read in readers.items():
+        file = cached_file(
+            path,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if file is not None:
+            return read(file)
+    raise UserError(f"{flag} {path} has no weights ({SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}); save the model there")
 
-        with safe_open(single, "pt") as file:
-            return set(file.keys())
-    return None
+
+def _indexed(file: str) -> set[str]:
+    return set(json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"])
+
+
+def _in_safetensors(file: str) -> set[str]:
+    with safe_open(file, "pt") as tensors:
+        return set(tensors.keys())
 
 
 def check_data(args: Namespace) -> int:
-    """The prompt dataset can be read and has enough prompts for one step. Returns their number."""
-    count = len(read_prompts(args))
-    if count * args.rollout.n_samples_per_prompt < max(args.rollout.batch_size, args.train.batch_size):
+    """The prompts can be read and fill the batches of a step. Returns their number."""
+    count = len(read_data(args))
+    rollout, train = args.rollout, args.train
+    samples = min(count, rollout.batch_size) * rollout.n_samples_per_prompt
+    if samples < train.batch_size:  # the host would drop the incomplete batch and never update
         raise UserError(
-            f"--data.prompt_dataset {args.data.prompt_dataset} has {count} prompts, fewer than one step needs: lower "
-            f"--rollout.batch_size {args.rollout.batch_size} and --train.batch_size {args.train.batch_size}"
+            f"a rollout has {samples} completions (--rollout.batch_size {rollout.batch_size}, "
+            f"--rollout.n_samples_per_prompt {rollout.n_samples_per_prompt}, {count} prompts), fewer than "
+            f"--train.batch_size {train.batch_size}: raise the former or lower the latter"
         )
+    if rollout.temperature <= 0:
+        raise UserError(f"--rollout.temperature {rollout.temperature}: PPO needs sampled completions; use 1.0")
     return count
 
 
-def read_prompts(args: Namespace) -> list:
-    """The first ``--data.max_samples`` prompts; refuses a missing key and an empty prompt."""
-    flag, keys = f"--data.prompt_dataset {args.data.prompt_dataset}", {"input": args.data.input_key}
-    if not args.data.prompt_dataset:
-        raise UserError("--data.prompt_dataset is missing; give a JSONL file of prompts (abc-rlhf prepare makes one)")
-    if args.data.label_key:
-        keys["label"] = args.data.label_key
-    quiet = SimpleNamespace(print=lambda *_: None, is_rank_0=lambda: False, args=args)
+def quiet_strategy(args: Namespace) -> SimpleNamespace:
+    """What the host's dataset functions want of a strategy, without its output."""
+    return SimpleNamespace(print=lambda *_: None, is_rank_0=lambda: False, args=args)
+
+
+def read_data(args: Namespace) -> Dataset:
+    """The prompt dataset as the host reads it; refuses a missing key and a prompt that is empty or no text."""
+    data_args = args.data
+    flag = f"--data.prompt_dataset {data_args.prompt_dataset}"
     try:
         data = blending_datasets(
-            args.data.prompt_dataset,
-            args.data.prompt_probs,
-            quiet,
+            data_args.prompt_dataset,
+            data_args.prompt_probs,
+            quiet_strategy(args),
             args.train.seed,
-            dataset_split=args.data.prompt_split,
+            max_count=data_args.max_samples,
+            dataset_split=data_args.prompt_split,
         )
     except Exception as error:  # datasets raises many kinds; each means the same to the user
-        raise UserError(f"{flag} cannot be read: {str(error).splitlines()[0]}") from None
-    for name, key in keys.items():
-        if key not in data.column_names:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        split = f"split {data_args.prompt_split!r}"
+        raise UserError(f"{flag} ({split}) cannot be read: {reason}") from None
+    for name, key in (("input", data_args.input_key), ("label", data_args.label_key)):
+        if key and key not in data.column_names:
             raise UserError(f"{flag} has no key {key!r}, only {', '.join(data.column_names)}; set --data.{name}_key")
-    prompts = list(data.select(range(min(args.data.max_samples, len(data))))[args.data.input_key])
-    for row, prompt in enumerate(prompts):
-        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+    data = data.select(range(min(data_args.max_samples, len(data))))
+    for row, prompt in enumerate(data[data_args.input_key], start=1):
+        where = f"in row {row} (key {data_args.input_key!r})"
+        if prompt is None or prompt == [] or (isinstance(prompt, str) and not prompt.strip()):
+            raise UserError(f"{flag} has an empty prompt {where}; remove the row")
+        if not isinstance(prompt, str) and not (isinstance(prompt, list) and data_args.apply_chat_template):
             raise UserError(
-                f"{flag} has an empty prompt in row {row + 1} (key {args.data.input_key!r}); remove the row"
+                f"{flag} has a prompt that is no text {where}: {str(prompt)[:60]}; give strings, or lists of messages "
+                "with --data.apply_chat_template"
             )
-    return prompts
+    return data

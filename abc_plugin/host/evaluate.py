@@ -14,6 +14,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, set_seed
 from transformers.utils.logging import disable_progress_bar
@@ -40,8 +41,7 @@ def main(argv: list[str]) -> int:
     args, _ = parse_for_one_process(host_argv, shaping)
     checks.check_supported(args)
     checks.check_models(args)
-    prompts = checks.read_prompts(args)
-    samples = sample(args, prompts, method)
+    samples = sample(args, checks.read_data(args), method)
     own.out.parent.mkdir(parents=True, exist_ok=True)
     own.out.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in samples), encoding="utf-8")
     rewards = [line["reward"] for line in samples]
@@ -54,24 +54,29 @@ def main(argv: list[str]) -> int:
 
 
 @torch.no_grad()
-def sample(args: Namespace, prompts: list[str], method: methods.Method) -> list[dict]:
-    """One completion per prompt with its reward and credit, in the order of ``prompts``."""
+def sample(args: Namespace, data: Dataset, method: methods.Method) -> list[dict]:
+    """One completion per prompt with its reward and credit, in the order of ``data``."""
+    from openrlhf.datasets import PromptDataset
     from openrlhf.models import get_llm_for_sequence_regression
     from openrlhf.utils import get_tokenizer, logging_utils
+    from openrlhf.utils.utils import convert_to_torch_dtype
 
+    from abc_plugin.host.checks import quiet_strategy
     from abc_plugin.host.generation import generate
     from abc_plugin.recovery.tap import AttentionTap
 
     disable_progress_bar()
     logging_utils._default_handler.setLevel("WARNING")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {"attn_implementation": args.ds.attn_implementation}
-    policy = AutoModelForCausalLM.from_pretrained(args.actor.model_name_or_path, dtype=torch.bfloat16, **options)
-    tokenizer = get_tokenizer(args.actor.model_name_or_path, policy, "left")
+    path, options = args.actor.model_name_or_path, {"attn_implementation": args.ds.attn_implementation}
+    dtype = convert_to_torch_dtype(args.ds.param_dtype)
+    policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=True, **options)
+    tokenizer = get_tokenizer(path, policy, "left", use_fast=not args.data.disable_fast_tokenizer)
+    prompts = PromptDataset(data, tokenizer, quiet_strategy(args), input_template=args.data.input_template).prompts
     reward_model = get_llm_for_sequence_regression(
         args.reward.model_name_or_path,
         "reward",
-        normalize_reward=args.reward.normalize_enable,
+        param_dtype=args.ds.param_dtype,
         value_head_prefix=args.ds.value_head_prefix,
         **options,
     )

@@ -107,6 +107,8 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
         """Credit plus the host's KL penalty (B, A), fp32; both parts come from the host's own compute_reward."""
         mask_BA, kl_BA = experience.action_mask, kl_BA.float()
         penalty_BA = stock(torch.zeros_like(reward_B), kl_coef, kl_BA, mask_BA, None)
+        if not torch.isfinite(penalty_BA).all():
+            raise CreditError("the KL penalty has NaN or infinite entries: the policy or the reference has diverged")
         clipped_B = stock(reward_B, 0.0, torch.zeros_like(kl_BA), mask_BA, clip_range).sum(1)
         dense_BA = redistribute(clipped_B, weight_BA, mask_BA, beta=self.shaping.beta)
         special_BA = torch.isin(experience.sequences[:, 1:], torch.tensor(self.tokenizer.all_special_ids))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator, _collect_prompt_batch
+from transformers import GenerationConfig
 
 from abc_plugin.errors import UserError
 
@@ -26,7 +29,8 @@ def generate(
     Returns dicts with observation_tokens (prompt and response ids), action_ranges [(start, end)) and truncated.
     """
     room = max_len - (max_new_tokens or 1)
-    ids = [tokenizer(text=prompt, add_special_tokens=False)["input_ids"][-room:] for prompt in prompts]
+    ids = [tokenizer(text=prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    ids = [tokens[max(0, len(tokens) - room) :] for tokens in ids]
     for prompt, tokens in zip(prompts, ids, strict=True):
         if not tokens:
             raise UserError(f"the prompt {prompt!r} has no tokens; remove it from --data.prompt_dataset")
@@ -37,20 +41,22 @@ def generate(
         chosen = order[start : start + batch_size]
         batch = tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, padding_side="left", return_tensors="pt")
         width = batch["input_ids"].shape[1]
-        output = model.generate(
-            **batch.to(model.device),
-            do_sample=temperature > 0,
-            temperature=temperature or None,
-            top_p=top_p,
-            top_k=0,  # as vLLM: nothing is taken from the model's generation_config but its end tokens
-            repetition_penalty=1.0,
-            min_new_tokens=1,
-            max_new_tokens=max_new_tokens or max_len - width,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=sorted(ends),
-            use_cache=True,
-        )
+        # Nothing is taken from the model's own generation_config but its end tokens: the host's engines take no more.
+        with mock.patch.object(model, "generation_config", GenerationConfig()):
+            output = model.generate(
+                **batch.to(model.device),
+                do_sample=temperature > 0,
+                temperature=temperature or None,
+                top_p=top_p,
+                top_k=0,
+                min_new_tokens=1,
+                max_new_tokens=max_new_tokens or max_len - len(ids[chosen[0]]),
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=sorted(ends),
+                use_cache=True,
+            )
         for i, tokens in zip(chosen, output[:, width:].tolist(), strict=True):
+            tokens = tokens[: max_len - len(ids[i])]
             end = next((at for at, token in enumerate(tokens) if token in ends), None)
             response = tokens if end is None else tokens[: end + 1]
             results[i] = {

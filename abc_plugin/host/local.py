@@ -109,11 +109,14 @@ def _output_to(log: TextIO) -> Iterator[None]:
     """Send what OpenRLHF, DeepSpeed and transformers print and log to the run's log; the terminal keeps our bar."""
     terminal = (sys.stdout, sys.stderr)
     loggers = [logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)]
-    for handler in {handler for logger in loggers for handler in logger.handlers}:
-        if type(handler) is logging.StreamHandler and handler.stream in terminal:
-            handler.setStream(log)
-    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        yield
+    handlers = {handler for logger in loggers for handler in logger.handlers if type(handler) is logging.StreamHandler}
+    before = {handler: handler.setStream(log) for handler in handlers if handler.stream in terminal}
+    try:
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            yield
+    finally:
+        for handler, stream in before.items():
+            handler.setStream(stream)
 
 
 def _train(args: Namespace) -> int:
@@ -124,7 +127,7 @@ def _train(args: Namespace) -> int:
     print(f"abc-rlhf local: loading models; details in {output / 'run.log'}", flush=True)
     _one_rank()
     started = time.time()
-    with open(output / "run.log", "a", buffering=1) as log:
+    with open(output / "run.log", "a", buffering=1, encoding="utf-8") as log:
         try:
             with _output_to(log), _host_in_this_process():
                 importlib.import_module("openrlhf.cli.train_ppo_ray").train(args)
@@ -142,9 +145,17 @@ def _train(args: Namespace) -> int:
     summary = LocalPPOTrainer.summary | {"seconds": round(time.time() - started, 1)}
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(
-        f"done: {summary['steps']} steps in {summary['seconds']:.0f} s; reward {summary['reward_first']:.3f} -> "
-        f"{summary['reward_last']:.3f} (mean of the first and last {summary['window']} steps), "
-        f"KL to the reference {summary['kl_last']:.4f} nats per token\n"
+        f"done: {summary['steps']} steps in {summary['seconds']:.0f} s{_change(summary)}\n"
         f"policy: {output}\ncurves: tensorboard --logdir {args.logger.tensorboard_dir}, or abc-rlhf report {output}"
     )
     return 0
+
+
+def _change(summary: dict) -> str:
+    if not summary["steps"]:
+        return ", nothing was left to train: the checkpoint is from the last step"
+    kl = "none (no reference)" if summary["kl_last"] is None else f"{summary['kl_last']:.4f} nats per token"
+    return (
+        f"; reward {summary['reward_first']:.3f} -> {summary['reward_last']:.3f} (mean of the first and last "
+        f"{summary['window']} steps), KL to the reference {kl}"
+    )

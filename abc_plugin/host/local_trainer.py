@@ -84,7 +84,7 @@ class LocalPPOTrainer(undecorated(ppo_trainer.PPOTrainer)):
             "reward_first": _mean(first, "rollout/reward_mean"),
             "reward_last": _mean(last, "rollout/reward_mean"),
             "reward_mean": _mean(self.history, "rollout/reward_mean"),
-            "kl_last": _mean(last, "kl"),
+            "kl_last": _mean(last, "kl") if self.reference_model_group is not None else None,
         }
 
     def broadcast_to_vllm(self) -> None:
@@ -92,11 +92,15 @@ class LocalPPOTrainer(undecorated(ppo_trainer.PPOTrainer)):
 
     def train_step(self, rollout_samples: list, global_step: int) -> tuple[dict, int]:
         status, step = super().train_step(rollout_samples, global_step)
+        if "policy_loss" not in status and global_step > self.args.critic.freezing_steps:
+            raise RuntimeError(f"step {step} made no update of the policy: its rollout filled no training batch")
         self.history.append(status)
         self.bar.update(step - self.bar.n)
-        self.bar.set_postfix(reward=f"{status['rollout/reward_mean']:.3f}", kl=f"{status.get('kl', 0.0):.4f}")
+        self.bar.set_postfix(reward=f"{status['rollout/reward_mean']:.3f}", kl=f"{status.get('kl', float('nan')):.4f}")
         return status, step
 
 
-def _mean(history: list[dict], name: str) -> float:
-    return sum(status.get(name, 0.0) for status in history) / max(len(history), 1)
+def _mean(history: list[dict], name: str) -> float | None:
+    """Mean over the steps that report it; None where none does (the critic may train alone at first)."""
+    values = [status[name] for status in history if name in status]
+    return sum(values) / len(values) if values else None

@@ -100,6 +100,7 @@ def import_host() -> None:
     for name in wanted:
         importlib.import_module(name)
     importlib.import_module("transformers").utils.is_flash_attn_2_available()  # its answer is cached
+    importlib.import_module("datasets").disable_progress_bars()
     with optional_packages():
         importlib.import_module("openrlhf.cli.train_ppo_ray")
         importlib.import_module("openrlhf.trainer.ppo_trainer")

@@ -30,7 +30,7 @@ def test_the_commands_are_the_ones_that_exist(capsys):
 def test_the_flags_exist(capsys):
     assert main(["local", "--help"]) == 0
     known = capsys.readouterr().out
-    for command in ("evaluate", "report", "prepare"):
+    for command in ("evaluate", "report", "prepare", "bench"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         known += capsys.readouterr().out

@@ -121,6 +121,7 @@ def test_interrupt_keeps_the_checkpoints_and_resume_goes_on(tiny, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs inherit it ignored
     )
     latest = tmp_path / "checkpoints" / "_actor" / "latest"
     deadline = time.time() + 200

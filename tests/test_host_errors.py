@@ -192,3 +192,13 @@ def test_help_shows_both_sets_of_flags(capsys):
     text = capsys.readouterr().out
     assert "--shaping.beta" in text
     assert "--algo.kl.init_coef" in text
+
+
+def test_flags_about_a_cluster_are_ignored_and_named(tiny, tmp_path, capsys, monkeypatch):
+    from abc_plugin.host import local
+
+    monkeypatch.setattr(local, "_train", lambda args: 0)
+    cluster = ["--vllm.num_engines", "4", "--actor.num_gpus_per_node=8", "--train.colocate_all", "--ds.enable_sleep"]
+    assert cli.main(["local", *local_flags(tiny, tmp_path), *cluster]) == 0
+    named = "--vllm.num_engines --actor.num_gpus_per_node --train.colocate_all --ds.enable_sleep"
+    assert f"so these are ignored: {named}\n" in capsys.readouterr().out

@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable, Iterator
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 from abc_plugin.errors import UserError
 
@@ -85,7 +86,7 @@ def without_cuda() -> None:
 
 
 def import_host() -> None:
-    """Import OpenRLHF's PPO stack once, with whatever this machine has.
+    """Import OpenRLHF's PPO stack with whatever this machine has; a second call changes nothing.
 
     Raises UserError when OpenRLHF or one of its required packages is missing, or its version is not supported.
     """
@@ -106,5 +107,4 @@ def import_host() -> None:
         importlib.import_module("openrlhf.trainer.ppo_trainer")
     if not torch.cuda.is_available():
         strategy = importlib.import_module("openrlhf.utils.deepspeed.deepspeed")
-        on_cuda = strategy.init_device_mesh
-        strategy.init_device_mesh = lambda _device, *args, **kwargs: on_cuda("cpu", *args, **kwargs)
+        strategy.init_device_mesh = lambda _device, *args, **kwargs: init_device_mesh("cpu", *args, **kwargs)

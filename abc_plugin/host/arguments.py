@@ -67,7 +67,7 @@ def parse(argv: list[str]) -> Namespace:
 def parse_for_one_process(argv: list[str], shaping: ShapingConfig) -> tuple[Namespace, list[str]]:
     """``parse``, with the answers that follow from running in this process, and ``args.shaping``.
 
-    Returns the arguments and the words of ``argv`` that are ignored here. Raises UserError as ``parse``, and when a
+    Returns the arguments and the flags of ``argv`` that are ignored here. Raises UserError as ``parse``, and when a
     required flag is missing.
     """
     from transformers.utils import is_flash_attn_2_available
@@ -84,4 +84,5 @@ def parse_for_one_process(argv: list[str], shaping: ShapingConfig) -> tuple[Name
         args.ds.attn_implementation = "sdpa"
     if args.logger.tensorboard_dir is None:
         args.logger.tensorboard_dir = str(Path(args.ckpt.output_dir) / "tensorboard")
-    return args, [flag for flag in given if flag in ONE_PROCESS or flag.startswith(("--vllm.", "--train.colocate"))]
+    without_meaning = ("--vllm.", "--train.colocate", "--ds.enable_sleep")
+    return args, [flag for flag in given if flag in ONE_PROCESS or flag.startswith(without_meaning)]

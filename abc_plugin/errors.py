@@ -1,4 +1,4 @@
-"""The two ways the plugin fails on purpose."""
+"""The ways the plugin ends a run on purpose."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class CreditError(RuntimeError):
     """Credit was asked for and cannot be recovered or attached. Ends the run: sparse reward is never a fallback."""
+
+
+class WorkerDied(RuntimeError):
+    """A process of a Ray cluster is gone; the message says how to go on."""

@@ -167,7 +167,7 @@ def test_a_host_that_skips_or_repeats_a_reward_stops_the_run(monkeypatch):
 def test_nan_reward_stops_the_run():
     experiences = batch()
     experiences[0].rewards[0] = float("nan")
-    with pytest.raises(ValueError, match="reward has NaN"):
+    with pytest.raises(CreditError, match=r"the reward of sample 0 is NaN or infinite \(1 in its batch\)"):
         make(CreditExperienceMaker, ShapingConfig("abc")).compute_advantages_and_returns(experiences)
 
 
@@ -179,5 +179,5 @@ def test_credit_is_split_from_the_reward_and_a_reward_without_it_stops_the_run(m
     monkeypatch.setattr(RemoteExperienceMaker, "make_experience", lambda self, samples: samples)
     made = maker.make_experience(batch())
     assert all(exp.attention_BS is scored.attention_BS for exp in made)
-    with pytest.raises(CreditError, match="0 attention rows for 2 experiences.*remote or rule-based"):
+    with pytest.raises(CreditError, match="reward of sample 0 came without credit.*serve-rm.*uniform or none"):
         maker.make_experience(batch())

@@ -16,7 +16,8 @@ from openrlhf.models import get_llm_for_sequence_regression  # noqa: E402
 from openrlhf.trainer.ray.launcher import BaseModelActor, RewardModelActor  # noqa: E402
 
 from abc_plugin.host.generation import generate  # noqa: E402
-from abc_plugin.host.reward_model import CreditRewardModel, undecorated  # noqa: E402
+from abc_plugin.host.actors import undecorated  # noqa: E402
+from abc_plugin.host.reward_model import CreditRewardModel  # noqa: E402
 from abc_plugin.recovery.rerun import rerun_eager_row  # noqa: E402
 
 

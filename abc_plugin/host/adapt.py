@@ -15,6 +15,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from abc_plugin.errors import UserError
+from abc_plugin.host.contract import refuse_broken_host
 
 SUPPORTED = "0.11."  # versions of OpenRLHF: dotted flags, and train() as the local driver calls it
 
@@ -108,3 +109,24 @@ def import_host() -> None:
     if not torch.cuda.is_available():
         strategy = importlib.import_module("openrlhf.utils.deepspeed.deepspeed")
         strategy.init_device_mesh = lambda _device, *args, **kwargs: init_device_mesh("cpu", *args, **kwargs)
+
+
+def import_cluster_host(*, on_cpu: bool) -> None:
+    """Import OpenRLHF's stack for a Ray cluster, where nothing may be a stand-in.
+
+    ``on_cpu``: prepare this process for a cluster without GPUs first.
+    Raises UserError when a package is missing, or OpenRLHF's version or code is not what the plugin supports.
+    """
+    required = ("ray", "deepspeed", "vllm", "flash_attn", "transformers", "openrlhf")
+    if missing := [name for name in required if importlib.util.find_spec(name) is None]:
+        raise UserError(
+            f"not installed: {', '.join(missing)}; pip install 'openrlhf[vllm]', or to try it on a CPU bash "
+            "launch/environment.sh ray and use .venv-ray/bin/abc-rlhf"
+        )
+    refuse_broken_host()
+    if on_cpu:
+        importlib.import_module("abc_plugin.host.cpu_cluster").worker_setup()
+    try:
+        importlib.import_module("openrlhf.cli.train_ppo_ray")
+    except ImportError as error:
+        raise UserError(f"OpenRLHF does not import here: {error}") from None

@@ -33,16 +33,18 @@ class _Parsed(BaseException):
     """Carries the parsed arguments out of the host's script."""
 
 
-def _refuse(_parser: ArgumentParser, message: str) -> None:
-    raise UserError(f"{message} (flags are OpenRLHF's: abc-rlhf local --help)")
+def _refuse(parser: ArgumentParser, message: str) -> None:
+    raise UserError(f"{message} (flags are OpenRLHF's: {parser.prog} --help)")
 
 
 def _stop_at_train() -> None:
     raise _Parsed(sys._getframe(1).f_locals["args"])
 
 
-def parse(argv: list[str]) -> Namespace:
+def parse(argv: list[str], command: str = "local") -> Namespace:
     """Run the host's script up to its ``train(args)`` and return ``args``, validated and nested as there.
+
+    ``command`` stands for the program's name in help and errors.
 
     The parser is not importable: it stands under ``if __name__ == "__main__"``. The first thing ``train`` does is to
     ask whether Ray is up; that is where it is stopped.
@@ -50,7 +52,7 @@ def parse(argv: list[str]) -> Namespace:
     """
     with (
         mock.patch("ray.is_initialized", _stop_at_train),
-        mock.patch.object(sys, "argv", ["abc-rlhf local", *argv]),
+        mock.patch.object(sys, "argv", [f"abc-rlhf {command}", *argv]),
         mock.patch.object(ArgumentParser, "error", _refuse),
         optional_packages(),
     ):
@@ -60,7 +62,8 @@ def parse(argv: list[str]) -> Namespace:
             return parsed.args[0]
         except Exception as error:  # assertions, and what the script trips over when a value makes no sense
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"OpenRLHF refused the flags: {reason} (one process runs without vLLM engines)") from None
+            hint = " (one process runs without vLLM engines)" if command == "local" else ""
+            raise UserError(f"OpenRLHF refused the flags: {reason}{hint}") from None
     raise RuntimeError(f"{CLI} ended without calling train(args): this OpenRLHF version is not supported")
 
 

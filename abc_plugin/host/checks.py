@@ -21,8 +21,10 @@ from transformers.utils import (
     cached_file,
 )
 
+from abc_plugin.config import ShapingConfig
 from abc_plugin.credit import methods
 from abc_plugin.errors import UserError
+from abc_plugin.host.options import flag, option
 from abc_plugin.recovery.tap import AttentionTap
 from abc_plugin.tokenizers import first_difference
 
@@ -30,7 +32,6 @@ from abc_plugin.tokenizers import first_difference
 # ring attention, dynamic batches and host-side evaluation are refused by OpenRLHF itself, for want of engines.
 UNSUPPORTED = (
     ("reward.remote_url", bool, "a remote reward is called by vLLM engines; give --reward.model_name_or_path"),
-    ("reward.normalize_enable", bool, "OpenRLHF loses the mean and deviation while loading the model; leave it out"),
     ("algo.advantage.is_correction_level", lambda level: level != "off", "there is no second engine; leave it out"),
     ("train.async_enable", bool, "one process cannot roll out while it trains; leave it out"),
     ("train.enable_ema", lambda ema: ema and not torch.cuda.is_available(), "it needs a CUDA device; leave it out"),
@@ -63,72 +64,85 @@ def check_supported(args: Namespace) -> None:
         )
 
 
-def check_models(args: Namespace) -> None:
-    """Models have their weights and heads and share a tokenizer, and the attention tap fits the reward model."""
-    policy, reward, critic = (part.model_name_or_path for part in (args.actor, args.reward, args.critic))
-    _config("--actor.model_name_or_path", policy)
-    reward_config = _config("--reward.model_name_or_path", reward)
-    _weight_names("--actor.model_name_or_path", policy)
-    _check_reward_head(reward, reward_config, args.ds.value_head_prefix)
-    others = {"--reward.model_name_or_path": reward}
+def check_models(args: Namespace, shaping: ShapingConfig, *, runs_here: bool = True) -> None:
+    """Models have their weights and heads and share a tokenizer, and the attention tap fits the reward model.
+
+    ``runs_here``: whether this machine will run them, so that its devices and packages matter.
+    """
+    names = ("actor", "reward", "critic")
+    policy, reward, critic = (option(args, f"{name}.model_name_or_path") for name in names)
+    flags = {name: flag(args, f"{name}.model_name_or_path") for name in names}
+    _config(flags["actor"], policy)
+    reward_config = _config(flags["reward"], reward)
+    _weight_names(flags["actor"], policy)
+    _check_reward_head(flags["reward"], reward, reward_config, option(args, "ds.value_head_prefix"))
+    others = {flags["reward"]: reward}
     if critic and critic != reward:
-        _config("--critic.model_name_or_path", critic)
-        others["--critic.model_name_or_path"] = critic
-    tokenizer = _tokenizer(args, "--actor.model_name_or_path", policy)
-    for flag, path in others.items():
-        if difference := first_difference(tokenizer, _tokenizer(args, flag, path)):
+        _config(flags["critic"], critic)
+        others[flags["critic"]] = critic
+    tokenizer = _tokenizer(args, flags["actor"], policy)
+    for name, path in others.items():
+        if difference := first_difference(tokenizer, _tokenizer(args, name, path)):
             raise UserError(
-                f"{flag} {path} and the policy {policy} must share a tokenizer, but {difference}; use a model trained "
+                f"{name} {path} and the policy {policy} must share a tokenizer, but {difference}; use a model trained "
                 "with the policy's tokenizer"
             )
-    if args.shaping.dense and methods.load(args.shaping.method).needs_attention:
-        _check_tap(args, reward_config)
+    if shaping.dense and methods.load(shaping.method).needs_attention:
+        _check_tap(args, reward, reward_config, shaping, runs_here)
 
 
-def _tokenizer(args: Namespace, flag: str, path: str) -> object:
+def _tokenizer(args: Namespace, name: str, path: str) -> object:
     try:
         return AutoTokenizer.from_pretrained(
-            path, trust_remote_code=True, use_fast=not args.data.disable_fast_tokenizer
+            path, trust_remote_code=True, use_fast=not option(args, "data.disable_fast_tokenizer")
         )
     except Exception as error:  # a damaged tokenizer.json raises the bare class
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{flag} {path} has no usable tokenizer ({reason}); save its tokenizer beside it") from None
+        raise UserError(f"{name} {path} has no usable tokenizer ({reason}); save its tokenizer beside it") from None
 
 
-def _check_tap(args: Namespace, reward_config: object) -> None:
+def _check_tap(args: Namespace, path: str, config: object, shaping: ShapingConfig, runs_here: bool) -> None:
     """The attention tap attaches to a model of this structure; no weights are read."""
-    implementation = args.ds.attn_implementation
+    implementation = option(args, "ds.attn_implementation")
     try:
         with torch.device("meta"):
-            skeleton = AutoModel.from_config(reward_config, attn_implementation=implementation, trust_remote_code=True)
+            skeleton = AutoModel.from_config(
+                config, attn_implementation=implementation if runs_here else "eager", trust_remote_code=True
+            )
     except (ValueError, ImportError) as error:
         raise UserError(
-            f"--reward.model_name_or_path {args.reward.model_name_or_path} does not run under "
-            f"--ds.attn_implementation {implementation}: {str(error).split('. ')[0]}"
+            f"{flag(args, 'reward.model_name_or_path')} {path} does not run under "
+            f"{flag(args, 'ds.attn_implementation')} {implementation}: {str(error).split('. ')[0]}"
         ) from None
-    AttentionTap(skeleton, layer=args.shaping.layer).close()
+    skeleton.config._attn_implementation = implementation  # a driver's machine need not be able to run the kernels
+    AttentionTap(skeleton, layer=shaping.layer).close()
 
 
-def _config(flag: str, path: str) -> object:
-    if not Path(path).expanduser().is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise UserError(f"{flag} {path}: no such directory")
+def is_absent(path: str) -> bool:
+    """Whether ``path`` names a directory, rather than a model of the hub, and it is not on this machine."""
+    return not Path(path).expanduser().is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1)
+
+
+def _config(name: str, path: str) -> object:
+    if is_absent(path):
+        raise UserError(f"{name} {path}: no such directory")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {path} is not a Hugging Face model: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{name} {path} is not a Hugging Face model: {str(error).splitlines()[0]}") from None
 
 
-def _check_reward_head(path: str, config: object, prefix: str) -> None:
+def _check_reward_head(name: str, path: str, config: object, prefix: str) -> None:
     """Without its head in the checkpoint, transformers would give the reward model a random one and only warn."""
     prefix = getattr(config, "value_head_prefix", prefix)
-    if f"{prefix}.weight" not in _weight_names("--reward.model_name_or_path", path):
+    if f"{prefix}.weight" not in _weight_names(name, path):
         raise UserError(
-            f"--reward.model_name_or_path {path} has no weight {prefix}.weight: it is no reward model, or its scalar "
+            f"{name} {path} has no weight {prefix}.weight: it is no reward model, or its scalar "
             f"head has another name, which --ds.value_head_prefix can give"
         )
 
 
-def _weight_names(flag: str, path: str) -> set[str]:
+def _weight_names(name: str, path: str) -> set[str]:
     """Names of a checkpoint's tensors, of a directory or from the hub. Raises UserError when it has no weights."""
     readers = {
         SAFE_WEIGHTS_INDEX_NAME: _indexed,
@@ -136,16 +150,16 @@ def _weight_names(flag: str, path: str) -> set[str]:
         WEIGHTS_INDEX_NAME: _indexed,
         WEIGHTS_NAME: lambda file: set(torch.load(file, map_location="meta", weights_only=True)),
     }
-    for name, read in readers.items():
+    for file_name, read in readers.items():
         file = cached_file(
             path,
-            name,
+            file_name,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
         if file is not None:
             return read(file)
-    raise UserError(f"{flag} {path} has no weights ({SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}); save the model there")
+    raise UserError(f"{name} {path} has no weights ({SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}); save the model there")
 
 
 def _indexed(file: str) -> set[str]:
@@ -181,7 +195,7 @@ def quiet_strategy(args: Namespace) -> SimpleNamespace:
 def read_data(args: Namespace) -> Dataset:
     """The prompt dataset as the host reads it; refuses a missing key and a prompt that is empty or no text."""
     data_args = args.data
-    flag = f"--data.prompt_dataset {data_args.prompt_dataset}"
+    source = f"--data.prompt_dataset {data_args.prompt_dataset}"
     try:
         data = blending_datasets(
             data_args.prompt_dataset,
@@ -194,18 +208,18 @@ def read_data(args: Namespace) -> Dataset:
     except Exception as error:  # datasets raises many kinds; each means the same to the user
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         split = f"split {data_args.prompt_split!r}"
-        raise UserError(f"{flag} ({split}) cannot be read: {reason}") from None
+        raise UserError(f"{source} ({split}) cannot be read: {reason}") from None
     for name, key in (("input", data_args.input_key), ("label", data_args.label_key)):
         if key and key not in data.column_names:
-            raise UserError(f"{flag} has no key {key!r}, only {', '.join(data.column_names)}; set --data.{name}_key")
+            raise UserError(f"{source} has no key {key!r}, only {', '.join(data.column_names)}; set --data.{name}_key")
     data = data.select(range(min(data_args.max_samples, len(data))))
     for row, prompt in enumerate(data[data_args.input_key], start=1):
         where = f"in row {row} (key {data_args.input_key!r})"
         if prompt is None or prompt == [] or (isinstance(prompt, str) and not prompt.strip()):
-            raise UserError(f"{flag} has an empty prompt {where}; remove the row")
+            raise UserError(f"{source} has an empty prompt {where}; remove the row")
         if not isinstance(prompt, str) and not (isinstance(prompt, list) and data_args.apply_chat_template):
             raise UserError(
-                f"{flag} has a prompt that is no text {where}: {str(prompt)[:60]}; give strings, or lists of messages "
-                "with --data.apply_chat_template"
+                f"{source} has a prompt that is no text {where}: {str(prompt)[:60]}; give strings, or lists of "
+                "messages with --data.apply_chat_template"
             )
     return data

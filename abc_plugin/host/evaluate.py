@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
 
     args, _ = parse_for_one_process(host_argv, shaping)
     checks.check_supported(args)
-    checks.check_models(args)
+    checks.check_models(args, shaping)
     samples = sample(args, checks.read_data(args), method)
     own.out.parent.mkdir(parents=True, exist_ok=True)
     own.out.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in samples), encoding="utf-8")

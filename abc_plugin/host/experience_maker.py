@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from unittest import mock
 
@@ -14,23 +15,43 @@ from abc_plugin.credit import methods
 from abc_plugin.credit.metrics import credit_metrics
 from abc_plugin.credit.redistribute import redistribute
 from abc_plugin.errors import CreditError
+from abc_plugin.host import remote_credit
 from abc_plugin.host.reward_model import ScoredBatch
 
 
 class CreditExperienceMaker(host.RemoteExperienceMaker):
     """OpenRLHF's experience maker with ``--reward_shaping``.
 
-    The attention row comes back with the reward, is split off in ``_flatten_results`` and kept on its experience. The
-    credit made of it replaces the final reward inside the host's ``compute_reward``, after the host's baselines,
-    penalties and clipping, so that the return is unchanged. No host method is copied; with ``none`` or beta 0 the
-    host's own runs untouched.
+    The attention row comes back with the reward, is split off in ``_flatten_results`` and kept on its experience; that
+    of a remote reward comes as spans over the text. The credit made of it replaces the final reward inside the host's
+    ``compute_reward``, after the host's baselines, penalties and clipping, so that the return is unchanged. No host
+    method is copied; with ``none`` or beta 0 the host's own runs untouched.
     """
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self.shaping = self.args.shaping
         self.method = methods.load(self.shaping.method)
+        self.announced = False
         self._attention: list[Tensor] = []
+        self._spans: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def make_experience_batch(self, rollout_samples: list[Experience]) -> list[Experience]:
+        """The host's method between two checks: every reward is one number, and every response got its credit.
+
+        Raises CreditError naming the sample.
+        """
+        remote_credit.check_rewards(rollout_samples, from_rollout=self.reward_model_group is None)
+        self._spans = remote_credit.take_spans(rollout_samples)
+        experiences = super().make_experience_batch(rollout_samples)
+        if self.shaping.dense:
+            if not all("credit_entropy" in experience.info for experience in experiences):
+                raise CreditError(f"--reward_shaping {self.shaping.method} is on, but a batch got no credit")
+            if not self.announced:
+                print(f"abc_plugin: {_arrival(experiences)}", flush=True)
+                self.announced = True
+        return experiences
 
     def _flatten_results(self, refs: list, duplicate_factor: int) -> list:
         results = super()._flatten_results(refs, duplicate_factor)
@@ -47,22 +68,39 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
         """
         experiences = super().make_experience(samples_list)
         if self.shaping.dense and self.method.needs_attention:
-            if len(self._attention) != len(experiences):
-                raise CreditError(
-                    f"--reward_shaping {self.shaping.method}: {len(self._attention)} attention rows for "
-                    f"{len(experiences)} experiences. Attention comes from --reward.model_name_or_path; a remote or "
-                    "rule-based reward has none: use --reward_shaping uniform or none there"
-                )
-            for experience, row_BS in zip(experiences, self._attention, strict=True):
+            rows = self._attention or [self._remote_rows(experience) for experience in experiences]
+            if len(rows) != len(experiences):
+                raise CreditError(f"{len(rows)} batches of attention rows for {len(experiences)} experiences")
+            for experience, row_BS in zip(experiences, rows, strict=True):
                 experience.attention_BS = row_BS
         self._attention = []
         return experiences
+
+    def _remote_rows(self, experience: Experience) -> Tensor:
+        """Weights (B, S) from the spans that came with the rewards; counts what had to be moved."""
+        row_BS = torch.zeros(experience.sequences.shape)
+        moved = []
+        for row, index in enumerate(experience.index):
+            if index not in self._spans:
+                raise CreditError(
+                    f"--reward_shaping {self.shaping.method}: the reward of sample {index} came without credit. Its "
+                    "attention is known where --reward.model_name_or_path scores, or a server started by abc-rlhf "
+                    f'serve-rm, or a reward function that returns extra_logs["{remote_credit.CREDIT}"]; a rule has '
+                    "none: use --reward_shaping uniform or none there"
+                )
+            real = experience.attention_mask[row].bool()
+            row_BS[row, real], share = remote_credit.attention_row(
+                self._spans[index], experience.sequences[row, real], self.tokenizer, f"sample {index}"
+            )
+            moved.append(share)
+        experience.info["credit_moved"] = torch.tensor(moved)
+        return row_BS
 
     @torch.no_grad()
     def compute_advantages_and_returns(self, experiences: list[Experience]) -> list[Experience]:
         """The host's method, with its ``compute_reward`` replaced for the length of the call.
 
-        Raises CreditError when an experience has no attention row, when a row does not fit its experience, or when the
+        Raises CreditError when an experience has no attention row, when a row or a reward is not usable, or when the
         host does not ask for the reward of every experience exactly once.
         """
         if not self.shaping.dense:
@@ -91,6 +129,9 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
         if self.method.needs_attention and (row_BS is None or row_BS.shape != experience.sequences.shape):
             found = "none" if row_BS is None else tuple(row_BS.shape)
             raise CreditError(f"attention row {found} for sequences of shape {tuple(experience.sequences.shape)}")
+        _check_finite("the reward", experience.rewards, experience)
+        if row_BS is not None:
+            _check_finite("the attention", row_BS, experience)
         row_BA = None if row_BS is None else row_BS[:, 1:]  # action t is the choice of token t + 1
         return self.method.weights(methods.Evidence(experience.sequences, experience.action_mask, row_BA))
 
@@ -106,11 +147,31 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
     ) -> Tensor:
         """Credit plus the host's KL penalty (B, A), fp32; both parts come from the host's own compute_reward."""
         mask_BA, kl_BA = experience.action_mask, kl_BA.float()
+        _check_finite("the KL penalty (the policy or the reference has diverged)", kl_BA, experience)
         penalty_BA = stock(torch.zeros_like(reward_B), kl_coef, kl_BA, mask_BA, None)
-        if not torch.isfinite(penalty_BA).all():
-            raise CreditError("the KL penalty has NaN or infinite entries: the policy or the reference has diverged")
         clipped_B = stock(reward_B, 0.0, torch.zeros_like(kl_BA), mask_BA, clip_range).sum(1)
         dense_BA = redistribute(clipped_B, weight_BA, mask_BA, beta=self.shaping.beta)
         special_BA = torch.isin(experience.sequences[:, 1:], torch.tensor(self.tokenizer.all_special_ids))
         experience.info |= credit_metrics(weight_BA, dense_BA, clipped_B, mask_BA, special_BA)
         return dense_BA + penalty_BA
+
+
+def _check_finite(what: str, value: Tensor, experience: Experience) -> None:
+    bad_B = ~torch.isfinite(value.reshape(len(experience.index), -1)).all(1)
+    if bad_B.any():
+        samples = [index for index, bad in zip(experience.index, bad_B.tolist(), strict=True) if bad]
+        raise CreditError(f"{what} of sample {samples[0]} is NaN or infinite ({len(samples)} in its batch)")
+
+
+def _arrival(experiences: list[Experience]) -> str:
+    """One line of proof for the first step."""
+    mean = {
+        name: torch.cat([experience.info[name] for experience in experiences]).mean().item()
+        for name in ("credit_entropy", "credit_last_token", "credit_conservation_error")
+    }
+    length = torch.cat([experience.action_mask.sum(1) for experience in experiences]).float().mean().item()
+    return (
+        f"credit arrived: {sum(len(experience.index) for experience in experiences)} responses of {length:.1f} "
+        f"tokens, entropy {mean['credit_entropy']:.2f} nats (uniform {math.log(max(length, 1.0)):.2f}), share on "
+        f"the last token {mean['credit_last_token']:.2f}, conservation error {mean['credit_conservation_error']:.1e}"
+    )

@@ -7,7 +7,7 @@ import os
 import types
 from typing import Any
 
-from abc_plugin.host.reward_model import undecorated
+from abc_plugin.host.actors import undecorated
 
 
 class InProcessRay:

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
 
     args, ignored = parse_for_one_process(host_argv, shaping)
     checks.check_supported(args)
-    checks.check_models(args)
+    checks.check_models(args, shaping)
     prompts = checks.check_data(args)
     if ignored:
         print(f"abc-rlhf local: one process, so these are ignored: {' '.join(ignored)}")

@@ -12,9 +12,9 @@ from openrlhf.utils.deepspeed import DeepspeedStrategy
 from tqdm import tqdm
 from transformers import set_seed
 
-from abc_plugin.host.experience_maker import CreditExperienceMaker
+from abc_plugin.host.actors import undecorated
 from abc_plugin.host.generation import TransformersSamplesGenerator
-from abc_plugin.host.reward_model import undecorated
+from abc_plugin.host.trainers import WithCredit
 
 WINDOW = 5  # steps averaged for the summary's first and last reward
 
@@ -45,7 +45,7 @@ def local_strategy(args: Namespace) -> LocalStrategy:
     )
 
 
-class LocalPPOTrainer(undecorated(ppo_trainer.PPOTrainer)):
+class LocalPPOTrainer(WithCredit, undecorated(ppo_trainer.PPOTrainer)):
     """The host's trainer: its fit loop, checkpoints, loggers and KL controller.
 
     ``summary`` holds the run's figures once fit has ended: reward in the reward model's units, KL in nats per token.
@@ -55,16 +55,6 @@ class LocalPPOTrainer(undecorated(ppo_trainer.PPOTrainer)):
 
     def __init__(self, pretrain: str, strategy: LocalStrategy, actor_group: Any, *groups: Any, **kwargs: Any) -> None:
         super().__init__(pretrain, strategy, actor_group, *groups, **kwargs)
-        maker = self.experience_maker
-        self.experience_maker = CreditExperienceMaker(
-            maker.actor_model_group,
-            maker.critic_model_group,
-            maker.reward_model_group,
-            maker.initial_model_group,
-            self.kl_ctl,
-            strategy,
-            self.tokenizer,
-        )
         self.samples_generator = TransformersSamplesGenerator(self.samples_generator, actor_group.worker)
         self.history: list[dict] = []
 

@@ -9,6 +9,8 @@ from openrlhf.trainer.ray.launcher import RewardModelActor
 from torch import Tensor
 
 from abc_plugin.credit import methods
+from abc_plugin.host import normalisation
+from abc_plugin.host.actors import undecorated
 from abc_plugin.recovery.tap import AttentionTap
 
 
@@ -19,12 +21,6 @@ class ScoredBatch(NamedTuple):
     attention_BS: Tensor  # attention of the token the score is read at, over all positions, fp32
 
 
-def undecorated(actor_class: type) -> type:
-    """The plain class behind ``@ray.remote``, which Ray keeps in a private attribute: an actor has no subclasses."""
-    metadata = getattr(actor_class, "__ray_metadata__", None)
-    return actor_class if metadata is None else metadata.modified_class
-
-
 class CreditRewardModel(undecorated(RewardModelActor)):
     """OpenRLHF's reward-model worker; with a method that needs attention its forward returns a ScoredBatch."""
 
@@ -33,6 +29,8 @@ class CreditRewardModel(undecorated(RewardModelActor)):
     def init_model_from_pretrained(self, strategy: object, pretrain: str) -> None:
         """Load the model as the host does, attach the tap and fire it once, before any rollout is made."""
         super().init_model_from_pretrained(strategy, pretrain)
+        if normalisation.normalises(strategy.args):
+            strategy.print(f"abc_plugin: reward normalisation restored: {normalisation.restore(self.model)}")
         shaping = strategy.args.shaping
         if shaping.dense and methods.load(shaping.method).needs_attention:
             self.tap = AttentionTap(self.model, layer=shaping.layer)

@@ -1,0 +1,96 @@
+"""Puts the plugin's subclasses where OpenRLHF looks up its own classes, in the driver's process.
+
+Ray pickles an importable class by reference, so that what is rebound in the driver reaches every worker; a function
+rebound in the driver would not. Nothing else of the host is touched.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from argparse import Namespace
+
+from abc_plugin.config import ShapingConfig, split_flags
+from abc_plugin.credit import methods
+from abc_plugin.host.actors import as_actor
+from abc_plugin.host.contract import refuse_broken_host
+
+# The host's name, and the subclass that takes its place.
+REBOUND = (
+    ("openrlhf.trainer.ray.launcher.RewardModelActor", "abc_plugin.host.reward_model.CreditRewardModel"),
+    ("openrlhf.trainer.ray.ppo_critic.CriticModelActor", "abc_plugin.host.normalisation.RestoredCritic"),
+    ("openrlhf.trainer.ppo_trainer.PPOTrainer", "abc_plugin.host.trainers.CreditPPOTrainer"),
+    ("openrlhf.trainer.ppo_trainer_async.TrainingActor", "abc_plugin.host.trainers.CreditTrainingActor"),
+    ("openrlhf.trainer.ppo_trainer_async.PPOTrainerAsync", "abc_plugin.host.trainers.CreditPPOTrainerAsync"),
+)
+GET_STRATEGY = "openrlhf.utils.utils.get_strategy"
+
+_undo: list[tuple[object, str, object]] = []  # (module, name, the host's object), in the order of rebinding
+
+
+def install(shaping: ShapingConfig | None = None) -> list[str]:
+    """Rebind OpenRLHF's names to the plugin's subclasses; returns one line per name.
+
+    Call it in the driver before ``openrlhf.cli.train_ppo_ray.train(args)``; every loaded module of the host, and the
+    script itself, gets the new class, so imports may stand before or after the call. With ``shaping`` the settings
+    travel to the workers in ``strategy.args.shaping``, and what can be checked without a GPU is checked when the host
+    makes its strategy; without, ``args.shaping`` must be set by the caller. A second call replaces the first.
+    Raises UserError when this version of OpenRLHF is not supported or not what the plugin was written against.
+    """
+    uninstall()
+    refuse_broken_host()
+    if shaping is not None:
+        methods.load(shaping.method)
+    pairs = [(name, _load(name), _load(ours)) for name, ours in REBOUND]  # all subclasses before the first rebinding
+    lines = []
+    for name, stock, subclass in pairs:
+        _rebind(name, stock, as_actor(subclass, like=stock))
+        lines.append(f"{name} -> {subclass.__module__}.{subclass.__name__}")
+    if shaping is not None:
+        _rebind(GET_STRATEGY, stock := _load(GET_STRATEGY), _carrying(shaping, stock))
+        lines.append(f"{GET_STRATEGY} -> itself, with args.shaping")
+    return lines
+
+
+def uninstall() -> None:
+    """Put back every object that ``install`` replaced; does nothing where nothing is installed."""
+    while _undo:
+        setattr(*_undo.pop())
+
+
+def openrlhf_plugin() -> None:
+    """Entry point of the group ``openrlhf.plugins``, which a patched host calls before it parses its flags.
+
+    Takes the plugin's flags out of ``sys.argv``.
+    """
+    shaping, rest = split_flags(sys.argv[1:])
+    sys.argv[1:] = rest
+    for line in install(shaping):
+        print(f"abc_plugin: rebound {line}")
+
+
+def _load(dotted: str) -> object:
+    module, name = dotted.rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)
+
+
+def _rebind(dotted: str, stock: object, ours: object) -> None:
+    """Wherever the host's modules or the running script hold ``stock`` under its name, put ``ours``."""
+    name = dotted.rsplit(".", 1)[1]
+    holders = [module for key, module in sys.modules.items() if key.split(".")[0] in ("openrlhf", "__main__")]
+    for module in holders:
+        if vars(module).get(name) is stock:
+            _undo.append((module, name, stock))
+            setattr(module, name, ours)
+
+
+def _carrying(shaping: ShapingConfig, stock: object) -> object:
+    def get_strategy(args: Namespace) -> object:
+        if getattr(args, "shaping", None) is None:
+            from abc_plugin.host.preflight import preflight
+
+            preflight(args, shaping)
+            args.shaping = shaping
+        return stock(args)
+
+    return get_strategy

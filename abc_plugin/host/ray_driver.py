@@ -1,0 +1,82 @@
+"""``abc-rlhf ray``: OpenRLHF's own PPO on Ray, DeepSpeed and vLLM, with the reward shaped; all its flags."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from argparse import Namespace
+
+from abc_plugin.config import add_flags, split_flags
+from abc_plugin.credit import methods
+from abc_plugin.errors import CreditError, UserError, WorkerDied
+from abc_plugin.host.adapt import import_cluster_host
+
+ON_CPU = "--on_cpu"
+
+
+def main(argv: list[str]) -> int:
+    """Train; returns the exit status. Raises UserError for what can be refused before Ray is asked for a GPU."""
+    on_cpu = ON_CPU in argv
+    wants_help = {"-h", "--help"} & set(argv)
+    shaping, host_argv = split_flags([word for word in argv if word != ON_CPU])
+    methods.load(shaping.method)
+    if wants_help:
+        _print_help()
+    import_cluster_host(on_cpu=on_cpu)
+    from abc_plugin.host.arguments import parse
+    from abc_plugin.host.install import install
+    from abc_plugin.host.preflight import preflight
+
+    args = parse(host_argv, "ray")  # with --help the host's parser prints its part and ends here
+    preflight(args, shaping)
+    args.shaping = shaping
+    for line in install():
+        print(f"abc_plugin: rebound {line}")
+    dense = f", beta {shaping.beta:g}" if shaping.dense else ": the host's own sparse reward"
+    print(f"abc_plugin: reward shaping {shaping.method}{dense}", flush=True)
+    if on_cpu and not importlib.import_module("ray").is_initialized():
+        importlib.import_module("abc_plugin.host.cpu_cluster").start()
+    return _train(args)
+
+
+def _print_help() -> None:
+    parser = argparse.ArgumentParser(prog="abc-rlhf ray", add_help=False, usage="abc-rlhf ray [flags]")
+    add_flags(parser)
+    parser.add_argument(ON_CPU, action="store_true", help="run the whole stack on this machine's CPU, to try it out")
+    print(__doc__.strip(), parser.format_help(), "OpenRLHF's flags:", sep="\n\n", flush=True)
+
+
+def _train(args: Namespace) -> int:
+    import ray
+
+    try:
+        importlib.import_module("openrlhf.cli.train_ppo_ray").train(args)
+    except ray.exceptions.RayTaskError as error:
+        raise _cause(error) from error
+    except ray.exceptions.RayActorError as error:
+        raise _dead_worker(error) from error
+    print(f"done: policy in {args.ckpt.output_dir if hasattr(args, 'ckpt') else args.save_path}")
+    return 0
+
+
+def _cause(error: Exception) -> Exception:
+    """What a worker raised, without Ray's wrapping, where it is one of ours or a worker's death."""
+    import ray
+
+    cause = error
+    while isinstance(cause, ray.exceptions.RayTaskError):
+        cause = cause.cause
+    if isinstance(cause, UserError | CreditError):
+        return cause
+    if isinstance(cause, ray.exceptions.RayActorError):
+        return _dead_worker(cause)
+    return error
+
+
+def _dead_worker(error: Exception) -> Exception:
+    reason = " ".join(str(error).split())
+    return WorkerDied(
+        f"a Ray worker died: {reason[:400]}. Nothing is trained on a half-finished step; go on from the last "
+        "checkpoint with --ckpt.load_enable and the same flags (a model out of memory dies like this, too; and "
+        "abc_plugin must be installed on every node)"
+    )

@@ -1,0 +1,153 @@
+"""``abc-rlhf serve-rm``: OpenRLHF's reward server (openrlhf.cli.serve_rm, all its flags) whose replies carry credit.
+
+For ``--reward.remote_url http://HOST:PORT/get_reward`` of ``abc-rlhf ray``. POST /get_reward takes
+
+    {"query": [text, ...]}                         whole texts, prompt and response, as OpenRLHF sends them
+
+and answers, beside the host's reply, with the attention of the token each score was read at:
+
+    {"rewards": [r, ...], "scores": [r, ...], "extra_logs": {"credit_spans": [[[start, end, weight], ...], ...]}}
+
+one list of spans per query; characters start to end of the query carry that weight. GET /health names the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import runpy
+import sys
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from abc_plugin.config import add_flags, split_flags
+from abc_plugin.errors import UserError
+from abc_plugin.host.adapt import import_host
+from abc_plugin.host.options import option
+
+CLI = "openrlhf.cli.serve_rm"
+
+
+class CreditServer:
+    """The host's loaded reward model and tokenizer (its RewardModelProxy), scoring with credit."""
+
+    def __init__(self, proxy: Any, layer: str) -> None:
+        from abc_plugin.recovery.tap import AttentionTap
+
+        self.proxy = proxy
+        self.tap = AttentionTap(proxy.reward_model, layer=layer)
+
+    @torch.no_grad()
+    def reply(self, queries: list[str]) -> dict[str, Any]:
+        """Scores and credit spans of whole texts, in order. Raises ValueError naming a query without a score."""
+        rewards: list[float] = []
+        spans: list[list] = []
+        size = self.proxy.batch_size or len(queries)
+        for start in range(0, len(queries), size):
+            batch = queries[start : start + size]
+            reward_B, batch_spans = self._score(batch)
+            rewards += reward_B.float().tolist()
+            spans += batch_spans
+        for index, reward in enumerate(rewards):
+            if not torch.isfinite(torch.tensor(reward)):
+                raise ValueError(f"the reward of query {index} is {reward}: {queries[index][:60]!r}")
+        return {"rewards": rewards, "scores": rewards, "extra_logs": {"credit_spans": spans}}
+
+    def _score(self, texts: list[str]) -> tuple[Tensor, list[list]]:
+        # The host's tokenize_fn with the characters that each token covers.
+        tokens = self.proxy.tokenizer(
+            texts,
+            return_tensors="pt",
+            add_special_tokens=False,
+            max_length=self.proxy.max_length,
+            padding=True,
+            truncation=True,
+            return_offsets_mapping=True,
+        )
+        device = self.proxy.reward_model.device
+        mask_BS = tokens["attention_mask"].to(device)
+        with self.tap.record(mask_BS) as recording:
+            reward_B = self.proxy.reward_model(tokens["input_ids"].to(device), mask_BS)
+        offsets = tokens["offset_mapping"].tolist()
+        cut = [text for text, spans in zip(texts, offsets, strict=True) if max(end for _, end in spans) < len(text)]
+        if cut:
+            print(
+                f"abc_plugin: {len(cut)} of {len(texts)} queries were cut at --data.max_len {self.proxy.max_length} "
+                f"tokens: their score and credit know nothing of the rest ({cut[0][:60]!r}…)",
+                file=sys.stderr,
+                flush=True,
+            )
+        rows = zip(offsets, recording.row_BS.tolist(), mask_BS.tolist(), strict=True)
+        return reward_B, [
+            [[*offset, weight] for offset, weight, real in zip(*row, strict=True) if real and weight > 0.0]
+            for row in rows
+        ]
+
+
+def main(argv: list[str]) -> int:
+    """Serve until interrupted; returns the exit status."""
+    shaping, host_argv = split_flags(argv)
+    if {"-h", "--help"} & set(argv):
+        _print_help()
+    if missing := [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]:
+        raise UserError(f"not installed: {', '.join(missing)}; pip install fastapi uvicorn")
+    import_host()
+    proxy, args = _load(host_argv)
+    from abc_plugin.host import normalisation
+
+    if option(args, "reward.normalize_enable"):
+        print(f"abc_plugin: reward normalisation restored: {normalisation.restore(proxy.reward_model)}")
+    if not proxy.tokenizer.is_fast:
+        raise UserError("a slow tokenizer gives no character offsets; leave --data.disable_fast_tokenizer out")
+    server = CreditServer(proxy, shaping.layer)
+    print(f"abc_plugin: {server.tap.describe()}; serving on http://{args.host}:{args.port}/get_reward", flush=True)
+    importlib.import_module("uvicorn").run(_app(server), host=args.host, port=args.port, log_level="warning")
+    return 0
+
+
+def _load(argv: list[str]) -> tuple[Any, Any]:
+    """Run the host's script up to where it would serve: (its RewardModelProxy, its arguments)."""
+    stopped: dict[str, Any] = {}
+
+    def instead_of_serving(*_args: object, **_kwargs: object) -> None:
+        stopped.update(sys._getframe(1).f_globals)
+
+    with (
+        mock.patch("uvicorn.run", instead_of_serving),
+        mock.patch.object(sys, "argv", ["abc-rlhf serve-rm", *argv]),
+    ):
+        runpy.run_path(importlib.util.find_spec(CLI).origin, run_name="__main__")
+    return stopped["reward_model"], stopped["args"]
+
+
+def _app(server: CreditServer) -> Any:
+    fastapi = importlib.import_module("fastapi")
+    app = fastapi.FastAPI()
+
+    @app.post("/get_reward")
+    def get_reward(data: dict) -> dict:
+        queries = data.get("query")
+        usable = isinstance(queries, list) and queries and all(isinstance(query, str) and query for query in queries)
+        if not usable:
+            raise fastapi.HTTPException(422, 'send {"query": [text, ...]}, with at least one text and none empty')
+        try:
+            return server.reply(queries)
+        except ValueError as error:  # the host logs the status and asks again; the reason stands in this server's log
+            print(f"abc_plugin: {error}", file=sys.stderr, flush=True)
+            raise fastapi.HTTPException(500, str(error)) from None
+
+    @app.get("/health")
+    def health() -> dict:
+        return {"model": type(server.proxy.reward_model).__name__, "credit": server.tap.describe()}
+
+    return app
+
+
+def _print_help() -> None:
+    parser = argparse.ArgumentParser(prog="abc-rlhf serve-rm", add_help=False, usage="abc-rlhf serve-rm [flags]")
+    add_flags(parser)
+    print(__doc__.strip(), parser.format_help(), "OpenRLHF's flags:", sep="\n\n", flush=True)

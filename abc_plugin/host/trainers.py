@@ -1,0 +1,39 @@
+"""OpenRLHF's trainers on Ray with per-token credit: only their experience maker is another."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+from openrlhf.trainer import ppo_trainer, ppo_trainer_async
+
+from abc_plugin.errors import CreditError
+from abc_plugin.host.actors import undecorated
+from abc_plugin.host.experience_maker import CreditExperienceMaker
+
+
+class WithCredit:
+    """Mixed into a trainer of the host: while it is made, the experience maker's name stands for ours."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        with mock.patch.object(ppo_trainer, "RemoteExperienceMaker", CreditExperienceMaker):
+            super().__init__(*args, **kwargs)
+        if not isinstance(self.experience_maker, CreditExperienceMaker):
+            raise CreditError(f"{type(self).__name__} made no CreditExperienceMaker: this OpenRLHF is not supported")
+
+
+class CreditPPOTrainer(WithCredit, undecorated(ppo_trainer.PPOTrainer)):
+    """The synchronous trainer."""
+
+
+class CreditTrainingActor(WithCredit, undecorated(ppo_trainer_async.TrainingActor)):
+    """The training half of the asynchronous trainer."""
+
+
+class CreditPPOTrainerAsync(undecorated(ppo_trainer_async.PPOTrainerAsync)):
+    """The asynchronous trainer; it makes its training half in its own process, where the name is rebound again."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        from abc_plugin.host.install import install
+
+        install(None)
+        super().__init__(*args, **kwargs)

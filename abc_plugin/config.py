@@ -9,6 +9,8 @@ from typing import Any
 
 from abc_plugin.errors import UserError
 
+RECOVERIES = ("auto", "tap", "eager-rerun")
+
 
 def _setting(flag: str, default: Any, type_: type, help_: str) -> Any:
     return field(default=default, metadata={"flag": flag, "type": type_, "help": help_})
@@ -35,12 +37,22 @@ class ShapingConfig:
         "reward model layer whose attention is read: last_full (last with full attention), last, or an index "
         "(negative counts from the end)",
     )
+    recovery: str = _setting(
+        "--shaping.recovery",
+        "auto",
+        str,
+        "how attention is recovered: auto (from the forward that runs anyway), tap (only so), or eager-rerun (the "
+        "reference, which runs the layer's attention a second time)",
+    )
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.beta <= 1.0:
             raise UserError(f"--shaping.beta {self.beta} is outside [0, 1]; the reference runs used 0.8")
         if self.layer not in ("last_full", "last") and not self.layer.lstrip("-").isdecimal():
             raise UserError(f"--shaping.layer {self.layer!r} is neither last_full, last nor a layer index such as -1")
+
+        if self.recovery not in RECOVERIES:
+            raise UserError(f"--shaping.recovery {self.recovery!r} is none of {', '.join(RECOVERIES)}")
 
     @property
     def dense(self) -> bool:

@@ -168,7 +168,7 @@ def test_a_reward_model_the_tap_cannot_attach_to(tiny, tmp_path, capsys):
     save_file(weights | {"score.weight": torch.zeros(1, 32)}, odd / "model.safetensors", {"format": "pt"})
     changes = {"reward.model_name_or_path": odd, "reward_shaping": "abc"}
     assert "BloomModel does not support" in said(capsys, local_flags(tiny, tmp_path, **changes))
-    changes["ds.attn_implementation"] = "eager"
+    changes |= {"ds.attn_implementation": "eager", "shaping.recovery": "tap"}
     error = said(capsys, local_flags(tiny, tmp_path, **changes))
     assert "BloomModel is not supported" in error
 

@@ -1,5 +1,7 @@
 """The worker's row on OpenRLHF's own reward model, and rollouts by transformers in the host's form."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -15,22 +17,31 @@ import_host()
 from openrlhf.models import get_llm_for_sequence_regression  # noqa: E402
 from openrlhf.trainer.ray.launcher import BaseModelActor, RewardModelActor  # noqa: E402
 
-from abc_plugin.host.generation import generate  # noqa: E402
 from abc_plugin.host.actors import undecorated  # noqa: E402
+from abc_plugin.host.arguments import parse  # noqa: E402
+from abc_plugin.host.generation import generate  # noqa: E402
 from abc_plugin.host.reward_model import CreditRewardModel  # noqa: E402
 from abc_plugin.recovery.rerun import rerun_eager_row  # noqa: E402
 
+ONE_RANK = ["--actor.num_gpus_per_node", "1", "--vllm.num_engines", "0", "--rollout.batch_size", "8"]
 
-def worker(tiny, monkeypatch, shaping, attention="sdpa"):
+
+def worker(tiny, monkeypatch, shaping, attention="sdpa", extra=()):
     """A worker whose model is loaded as the host loads it, without its process group."""
-    model = get_llm_for_sequence_regression(str(tiny / "reward_model"), "reward", attn_implementation=attention).eval()
+    args = parse(["--reward.model_name_or_path", "x", *ONE_RANK, *extra])
+    args.shaping = shaping
+    model = get_llm_for_sequence_regression(
+        str(tiny / "reward_model"),
+        "reward",
+        attn_implementation=attention,
+        normalize_reward=args.reward.normalize_enable,
+    ).eval()
 
     def load(self, strategy, pretrain):
         self.strategy, self.model = strategy, model
 
     monkeypatch.setattr(undecorated(RewardModelActor), "init_model_from_pretrained", load)
     self = object.__new__(CreditRewardModel)
-    args = SimpleNamespace(shaping=shaping)
     self.init_model_from_pretrained(SimpleNamespace(args=args, ring_attn_group=None, print=print), "unused")
     return self
 
@@ -64,8 +75,18 @@ def test_score_is_the_stock_one_and_the_row_is_the_eager_one(tiny, monkeypatch, 
 @pytest.mark.parametrize("shaping", [ShapingConfig("none"), ShapingConfig("uniform"), ShapingConfig("abc", 0.0)])
 def test_without_need_of_attention_the_worker_is_the_stock_one(tiny, monkeypatch, batch, shaping):
     self = worker(tiny, monkeypatch, shaping)
-    assert self.tap is None
+    assert self.attention is None
     assert isinstance(self.forward(*batch), torch.Tensor)
+
+
+def test_normalisation_that_the_host_loses_is_restored(tiny, tmp_path, monkeypatch, batch):
+    shutil.copytree(tiny / "reward_model", tmp_path / "reward_model")
+    config = json.loads((tmp_path / "reward_model/config.json").read_text()) | {"mean": 1.5, "std": 0.5}
+    (tmp_path / "reward_model/config.json").write_text(json.dumps(config))
+    plain_B, _ = worker(tmp_path, monkeypatch, ShapingConfig("abc")).forward(*batch)
+    normal = worker(tmp_path, monkeypatch, ShapingConfig("abc"), extra=["--reward.normalize_enable"])
+    assert (normal.model.mean, normal.model.std) == (1.5, 0.5)
+    torch.testing.assert_close(normal.forward(*batch)[0], (plain_B - 1.5) / 0.5)
 
 
 def test_a_tap_that_does_not_fire_stops_the_worker_at_the_start(tiny, monkeypatch):

@@ -25,7 +25,7 @@ from abc_plugin.config import ShapingConfig
 from abc_plugin.credit import methods
 from abc_plugin.errors import UserError
 from abc_plugin.host.options import flag, option
-from abc_plugin.recovery.tap import AttentionTap
+from abc_plugin.recovery.attach import attach
 from abc_plugin.tokenizers import first_difference
 
 # Flags that one process without engines cannot honour: (attribute path, refused value, why and what to do). Packing,
@@ -115,7 +115,7 @@ def _check_tap(args: Namespace, path: str, config: object, shaping: ShapingConfi
             f"{flag(args, 'ds.attn_implementation')} {implementation}: {str(error).split('. ')[0]}"
         ) from None
     skeleton.config._attn_implementation = implementation  # a driver's machine need not be able to run the kernels
-    AttentionTap(skeleton, layer=shaping.layer).close()
+    attach(skeleton, layer=shaping.layer, recovery=shaping.recovery).close()
 
 
 def is_absent(path: str) -> bool:

@@ -130,7 +130,7 @@ def _without_cuda(deepspeed: Any) -> None:
     original = deepspeed.initialize
 
     def initialize(*args: Any, config: dict[str, Any] | None = None, **kwargs: Any) -> tuple:
-        if config and "AdamW" == config.get("optimizer", {}).get("type"):
+        if config and config.get("optimizer", {}).get("type") == "AdamW":
             config["optimizer"]["params"]["torch_adam"] = True
         return original(*args, config=config, **kwargs)
 

@@ -63,7 +63,7 @@ def sample(args: Namespace, data: Dataset, method: methods.Method) -> list[dict]
 
     from abc_plugin.host.checks import quiet_strategy
     from abc_plugin.host.generation import generate
-    from abc_plugin.recovery.tap import AttentionTap
+    from abc_plugin.recovery.attach import attach
 
     disable_progress_bar()
     logging_utils._default_handler.setLevel("WARNING")
@@ -81,7 +81,8 @@ def sample(args: Namespace, data: Dataset, method: methods.Method) -> list[dict]
         **options,
     )
     policy, reward_model = policy.to(device).eval(), reward_model.to(device).eval()
-    tap = AttentionTap(reward_model, layer=args.shaping.layer) if method.needs_attention else None
+    shaping = args.shaping
+    tap = attach(reward_model, shaping.layer, shaping.recovery) if method.needs_attention else None
     set_seed(args.train.seed)
     lines = []
     size = args.rollout.micro_batch_size

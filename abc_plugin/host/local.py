@@ -66,6 +66,7 @@ def _host_in_this_process() -> Iterator[None]:
     """Rebind the names by which OpenRLHF's train() reaches Ray, its worker classes and its progress bars."""
     from abc_plugin.host.inprocess import InProcessClass, InProcessGroup, InProcessRay
     from abc_plugin.host.local_trainer import LocalPPOTrainer, local_strategy
+    from abc_plugin.host.normalisation import RestoredCritic
     from abc_plugin.host.reward_model import CreditRewardModel
 
     with_ray = ("cli.train_ppo_ray", "trainer.ppo_trainer", "trainer.ppo_utils.experience_maker")
@@ -75,6 +76,7 @@ def _host_in_this_process() -> Iterator[None]:
         *((name, "tqdm", _no_bar) for name in (*with_bars, "datasets.prompts_dataset")),
         ("cli.train_ppo_ray", "RayActorGroup", InProcessGroup),
         ("cli.train_ppo_ray", "RewardModelActor", CreditRewardModel),
+        ("cli.train_ppo_ray", "CriticModelActor", RestoredCritic),
         ("cli.train_ppo_ray", "get_strategy", local_strategy),
         ("trainer.ppo_trainer", "PPOTrainer", InProcessClass(LocalPPOTrainer)),
     ]

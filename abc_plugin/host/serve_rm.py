@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from abc_plugin.config import add_flags, split_flags
+from abc_plugin.config import ShapingConfig, add_flags, split_flags
 from abc_plugin.errors import UserError
 from abc_plugin.host.adapt import import_host
 from abc_plugin.host.options import option
@@ -35,11 +35,11 @@ CLI = "openrlhf.cli.serve_rm"
 class CreditServer:
     """The host's loaded reward model and tokenizer (its RewardModelProxy), scoring with credit."""
 
-    def __init__(self, proxy: Any, layer: str) -> None:
-        from abc_plugin.recovery.tap import AttentionTap
+    def __init__(self, proxy: Any, shaping: ShapingConfig) -> None:
+        from abc_plugin.recovery.attach import attach
 
         self.proxy = proxy
-        self.tap = AttentionTap(proxy.reward_model, layer=layer)
+        self.attention = attach(proxy.reward_model, layer=shaping.layer, recovery=shaping.recovery)
 
     @torch.no_grad()
     def reply(self, queries: list[str]) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class CreditServer:
         )
         device = self.proxy.reward_model.device
         mask_BS = tokens["attention_mask"].to(device)
-        with self.tap.record(mask_BS) as recording:
+        with self.attention.record(mask_BS) as recording:
             reward_B = self.proxy.reward_model(tokens["input_ids"].to(device), mask_BS)
         offsets = tokens["offset_mapping"].tolist()
         cut = [text for text, spans in zip(texts, offsets, strict=True) if max(end for _, end in spans) < len(text)]
@@ -103,14 +103,15 @@ def main(argv: list[str]) -> int:
         print(f"abc_plugin: reward normalisation restored: {normalisation.restore(proxy.reward_model)}")
     if not proxy.tokenizer.is_fast:
         raise UserError("a slow tokenizer gives no character offsets; leave --data.disable_fast_tokenizer out")
-    server = CreditServer(proxy, shaping.layer)
-    print(f"abc_plugin: {server.tap.describe()}; serving on http://{args.host}:{args.port}/get_reward", flush=True)
+    server = CreditServer(proxy, shaping)
+    url = f"http://{args.host}:{args.port}/get_reward"
+    print(f"abc_plugin: {server.attention.describe()}; serving on {url}", flush=True)
     importlib.import_module("uvicorn").run(_app(server), host=args.host, port=args.port, log_level="warning")
     return 0
 
 
 def _load(argv: list[str]) -> tuple[Any, Any]:
-    """Run the host's script up to where it would serve: (its RewardModelProxy, its arguments)."""
+    """Run the host's script up to where it would serve; returns its RewardModelProxy and its arguments."""
     stopped: dict[str, Any] = {}
 
     def instead_of_serving(*_args: object, **_kwargs: object) -> None:
@@ -142,7 +143,7 @@ def _app(server: CreditServer) -> Any:
 
     @app.get("/health")
     def health() -> dict:
-        return {"model": type(server.proxy.reward_model).__name__, "credit": server.tap.describe()}
+        return {"model": type(server.proxy.reward_model).__name__, "credit": server.attention.describe()}
 
     return app
 

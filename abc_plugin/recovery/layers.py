@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -11,6 +12,25 @@ from transformers import PreTrainedModel
 from abc_plugin.errors import UserError
 
 REMEDY = "use a reward model such as llama, qwen2, qwen3, mistral, gemma3, gpt2 or opt"
+
+# Attention modules that bypass transformers' attention interface and hand out the weights they compute themselves
+# (their flash variants are other classes, and compute none). Only classes of the parity table belong here.
+OUTSIDE = (
+    "BloomAttention",
+    "CodeGenAttention",
+    "DisentangledSelfAttention",  # of deberta and deberta_v2
+    "FalconAttention",
+    "GPTJAttention",
+    "GPTNeoSelfAttention",
+    "MptAttention",
+)
+
+UNSOUND = {
+    "DiffLlamaAttention": "its weights are the difference of two softmaxes, so there is no single row",
+    "Zamba2Attention": "one attention module serves several layers",
+    "ZambaAttention": "one attention module serves several layers",
+}
+FULL = ("full_attention", "attention", "hybrid")  # layer types of transformers' configs; hybrid: beside a linear part
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -24,55 +44,77 @@ def unwrap(model: Any) -> nn.Module:
     return inner
 
 
-def model_name(model: Any) -> str:
-    """Class name of the transformers model inside any wrappers (DeepSpeed, PEFT, a class of the user's)."""
+def pretrained(model: Any) -> nn.Module:
+    """The transformers model inside any wrappers (DeepSpeed, PEFT, a class of the user's), else the outermost one."""
     root = unwrap(model)
-    return type(next((part for part in root.modules() if isinstance(part, PreTrainedModel)), root)).__name__
+    return next((part for part in root.modules() if isinstance(part, PreTrainedModel)), root)
 
 
-def attention_layers(model: Any) -> dict[int, nn.Module]:
+def model_name(model: Any) -> str:
+    """Class name of the transformers model inside any wrappers."""
+    return type(pretrained(model)).__name__
+
+
+def attention_layers(model: Any, *, outside: bool = False) -> dict[int, nn.Module]:
     """The attention modules that a forward runs, by layer index, ascending.
 
     transformers gives each decoder attention its class name and ``layer_idx``; layers beyond the config's
-    num_hidden_layers are never run.
-    Raises UserError when there is none, or two for one layer (encoder-decoders, cross-attention).
+    num_hidden_layers are never run.  outside: take the modules of OUTSIDE too, in order where they have no index.
+    Raises UserError when there is none, or two for one layer, on the modules of UNSOUND and on encoder-decoders.
     """
+    name, config = model_name(model), getattr(pretrained(model), "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{name} is an encoder-decoder, whose score has no single attention row; {REMEDY}")
     found: dict[int, nn.Module] = {}
     for part in unwrap(model).modules():
         index = getattr(part, "layer_idx", None)
-        if index is None or "Attention" not in type(part).__name__ or not hasattr(part, "config"):
+        if outside and type(part).__name__ in OUTSIDE:
+            index = len(found) if index is None else index
+        elif index is None or "Attention" not in type(part).__name__ or not hasattr(part, "config"):
             continue
-        if index >= part.config.num_hidden_layers:
+        if type(part).__name__ in UNSOUND:
+            raise UserError(f"{name} is not supported: {UNSOUND[type(part).__name__]}; {REMEDY}")
+        if index >= _layers_run(part, config):
             continue
         if index in found:
-            raise UserError(
-                f"{model_name(model)} has two attention modules in layer {index}; use a decoder-only reward model"
-            )
+            raise UserError(f"{name} has two attention modules in layer {index}; use a decoder-only reward model")
         found[index] = part
     if not found:
-        raise UserError(
-            f"{model_name(model)} is not supported: it has no attention module of transformers' usual form; {REMEDY}"
-        )
+        raise UserError(f"{name} is not supported: it has no attention module of transformers' usual form; {REMEDY}")
     return dict(sorted(found.items()))
+
+
+def _layers_run(attention: nn.Module, config: Any) -> int:
+    return getattr(attention, "config", config).num_hidden_layers
+
+
+def reaches(attention: nn.Module) -> bool:
+    """Whether the module calls its attention function through transformers' attention interface."""
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(attention).forward).__code__.co_names
 
 
 def is_full(attention: nn.Module) -> bool:
     """Whether a layer's queries see every earlier token (no sliding window, no chunks, not linear)."""
-    types = getattr(attention.config, "layer_types", None)
+    config = getattr(attention, "config", None)
+    types = getattr(config, "layer_types", None)
     if types is not None:
-        return types[attention.layer_idx] == "full_attention"
-    return getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)) is None
+        return types[attention.layer_idx] in FULL
+    if getattr(attention, "attention_type", None) == "local":  # gpt_neo
+        return False
+    config_window = getattr(config, "sliding_window", getattr(config, "attention_window_size", None))
+    return getattr(attention, "sliding_window", config_window) is None
 
 
-def target_layer(model: Any, layer: str = "last_full") -> tuple[nn.Module, int, int]:
+def target_layer(model: Any, layer: str = "last_full", *, outside: bool = False) -> tuple[nn.Module, int, int]:
     """(attention module, its layer index from 0, number of layers) for a ``--shaping.layer`` string.
 
     "last_full": the last layer with full attention; with none, the last one, and a warning.  "last": the last one.
-    An index such as "3" or "-2": that layer.
-    Raises UserError when the index is out of range or the layer has no attention, and as ``attention_layers`` does.
+    An index such as "3" or "-2": that layer.  outside: see ``attention_layers``.
+    Raises UserError when the index is out of range or the layer has no single softmax attention, and as
+    ``attention_layers`` does.
     """
-    found = attention_layers(model)
-    total = next(iter(found.values())).config.num_hidden_layers
+    found = attention_layers(model, outside=outside)
+    total = _layers_run(next(iter(found.values())), getattr(pretrained(model), "config", None))
     if layer in ("last_full", "last"):
         full = [index for index, part in found.items() if is_full(part)]
         if layer == "last_full" and not full:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from abc_plugin.recovery.parallel import max_over, sum_over
 
 
 @torch.no_grad()
@@ -19,9 +22,9 @@ def attention_row(
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """One query's softmax over all keys, mean over heads, (B, S) fp32; no gradient.
+    """One query's softmax over all keys, per head, (B, H, S) fp32; no gradient.
 
-    row[b,s] = mean_h softmax_s( cap(scaling · query[b,h,p]·key[b,k(h),s]) + bias[b,h,p,s] ),   p = position[b]
+    row[b,h,s] = softmax_s( cap(scaling · query[b,h,p]·key[b,k(h),s]) + bias[b,h,p,s] ),   p = position[b]
     cap(x) = softcap · tanh(x / softcap);  k(h) = h // (H / K)
 
     query, key: as handed to the attention function, rotary embedding applied.  scaling: None is D^-0.5.
@@ -38,40 +41,69 @@ def attention_row(
     """
     batch, heads, _, width = query_BHSD.shape
     _, key_heads, length, _ = key_BKSD.shape
-    with torch.autocast(query_BHSD.device.type, enabled=False):
-        query_BHD = _take_row(query_BHSD, position_B).float()
-        grouped = query_BHD.view(batch, key_heads, heads // key_heads, width)
-        logits_BHS = (grouped @ key_BKSD.float().transpose(2, 3)).reshape(batch, heads, length)
-        logits_BHS = logits_BHS * (width**-0.5 if scaling is None else scaling)
-        if softcap is not None:
-            logits_BHS = softcap * torch.tanh(logits_BHS / softcap)
-        visible, bias = _mask_row(mask, position_B, (batch, length), causal, window)
-        if bias is not None:
-            logits_BHS = logits_BHS + bias.float()
-        logits_BHS = logits_BHS.masked_fill(~visible, float("-inf"))
-        if sinks_H is not None:
-            logits_BHS = torch.cat([logits_BHS, sinks_H.float().view(1, -1, 1).expand(batch, heads, 1)], dim=2)
-        # softmax makes NaN of a row without keys; only that NaN is a zero, a NaN from the model must stay visible
-        row_BHS = logits_BHS.softmax(dim=2)[..., :length].masked_fill(~visible, 0.0)
-        return row_BHS.mean(dim=1)
+    query_BHD = take_row(query_BHSD, position_B)
+    grouped = query_BHD.view(batch, key_heads, heads // key_heads, width)
+    logits_BHS = fp32_product(grouped, key_BKSD.transpose(2, 3)).reshape(batch, heads, length)
+    logits_BHS = logits_BHS * (width**-0.5 if scaling is None else scaling)
+    if mask is not None and mask.ndim == 4:
+        visible, bias = visible_and_bias(take_row(mask.expand(batch, -1, length, -1), position_B)[..., :length])
+    elif mask is None or mask.shape == (batch, length):
+        real_BS = torch.ones_like(logits_BHS[:, 0], dtype=torch.bool) if mask is None else mask.bool()
+        visible, bias = visible_keys(real_BS, position_B, causal, window)[:, None], None
+    else:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(batch, length)} or four dimensions")
+    return softmax_row(logits_BHS, visible, bias, softcap, sinks_H)
 
 
-def _take_row(x_BHSD: Tensor, position_B: Tensor) -> Tensor:
+def softmax_row(
+    logits_BHS: Tensor,
+    visible: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+    ring_group: ProcessGroup | None = None,
+) -> Tensor:
+    """Softmax over the visible keys, (B, H, S); 0 at hidden ones.  visible, bias: broadcastable to (B, H, S).
+
+    In a ring the keys of the other processes are hidden here and enter by the maximum and the sum.
+    """
+    if softcap is not None:
+        logits_BHS = softcap * torch.tanh(logits_BHS / softcap)
+    if bias is not None:
+        logits_BHS = logits_BHS + bias.float()
+    logits_BHS = logits_BHS.masked_fill(~visible, float("-inf"))
+    peak_BH1 = logits_BHS.amax(dim=2, keepdim=True)
+    if sinks_H is not None:
+        sinks_BH1 = sinks_H.float().view(1, -1, 1)
+        peak_BH1 = torch.maximum(peak_BH1, sinks_BH1)
+    # finite even where no key is visible: exp(-inf - lowest) is 0, and a NaN from the model stays visible
+    peak_BH1 = max_over(peak_BH1, ring_group).clamp(min=torch.finfo(torch.float32).min)
+    weight_BHS = (logits_BHS - peak_BH1).exp()
+    total_BH1 = sum_over(weight_BHS.sum(dim=2, keepdim=True), ring_group)
+    if sinks_H is not None:
+        total_BH1 = total_BH1 + (sinks_BH1 - peak_BH1).exp()
+    return weight_BHS / total_BH1.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def fp32_product(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix product in fp32, also under autocast."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float()
+
+
+def take_row(x_BHSD: Tensor, position_B: Tensor) -> Tensor:
+    """x[b,:,position[b]], (B, H, D)."""
     index = position_B.view(-1, 1, 1, 1).expand(-1, x_BHSD.shape[1], 1, x_BHSD.shape[3])
     return x_BHSD.gather(2, index).squeeze(2)
 
 
-def _mask_row(
-    mask: Tensor | None, position_B: Tensor, shape_BS: tuple[int, int], causal: bool, window: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """(which keys the query sees, what is added to its logits), each broadcastable to (B, H, S)."""
-    batch, length = shape_BS
-    if mask is not None and mask.ndim == 4:
-        row = _take_row(mask.expand(batch, -1, max(mask.shape[2], length), -1), position_B)[..., :length]
-        return (row, None) if row.dtype == torch.bool else (row > torch.finfo(row.dtype).min, row)
-    if mask is not None and mask.shape != shape_BS:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {shape_BS} or four dimensions")
-    real_BS = torch.ones(shape_BS, dtype=torch.bool, device=position_B.device) if mask is None else mask.bool()
+def visible_and_bias(row: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(which keys the query sees, what is added to its logits) from the query's row of a four-dimensional mask."""
+    return (row, None) if row.dtype == torch.bool else (row > torch.finfo(row.dtype).min, row)
+
+
+def visible_keys(real_BS: Tensor, position_B: Tensor, causal: bool, window: int | None) -> Tensor:
+    """Which keys the query at ``position`` sees, bool (B, S); distances count real tokens only."""
     count_BS = real_BS.cumsum(1)
     distance_BS = count_BS.gather(1, position_B[:, None]) - count_BS
     visible_BS = real_BS
@@ -79,4 +111,4 @@ def _mask_row(
         visible_BS = visible_BS & (distance_BS >= 0)
     if window is not None:
         visible_BS = visible_BS & (distance_BS.abs() < window)
-    return visible_BS[:, None], None
+    return visible_BS

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from abc_plugin.errors import CreditError
 
 
 def score_positions(attention_mask_BS: Tensor) -> Tensor:
@@ -17,3 +20,41 @@ def score_positions(attention_mask_BS: Tensor) -> Tensor:
     if attention_mask_BS.ndim != 2 or attention_mask_BS.shape[1] == 0:
         raise ValueError(f"attention_mask has shape {tuple(attention_mask_BS.shape)}, expected (B, S) with S >= 1")
     return attention_mask_BS.shape[1] - 1 - attention_mask_BS.ne(0).long().fliplr().argmax(dim=1)
+
+
+def last_other_positions(input_ids_BS: Tensor, pad_token_id: int | None) -> Tensor:
+    """Index of each row's last id that is not ``pad_token_id``, (B,) long.
+
+    position[b] = argmax_s s · 1[ids[b,s] != pad]   (transformers.modeling_layers, GenericForSequenceClassification)
+
+    Where pad == eos this is the token before the closing EOS. A row of padding gives 0; pad_token_id None gives S - 1.
+    """
+    places_S = torch.arange(input_ids_BS.shape[1], device=input_ids_BS.device)
+    if pad_token_id is None:
+        return places_S[-1].expand(len(input_ids_BS))
+    return (places_S * (input_ids_BS != pad_token_id)).argmax(dim=1)
+
+
+def first_positions(attention_mask_BS: Tensor) -> Tensor:
+    """Index of each row's first 1, (B,) long: the CLS token of encoders. A row without any 1 gives 0."""
+    return attention_mask_BS.ne(0).long().argmax(dim=1)
+
+
+ROWS = ("mask", "pad_token", "cls")
+
+
+def row_positions(
+    rule: str, attention_mask_BS: Tensor, input_ids_BS: Tensor | None, pad_token_id: int | None
+) -> Tensor:
+    """Positions by a rule of ROWS: the last 1 of the mask, the last id that is not padding, or the first 1.
+
+    Raises CreditError where "pad_token" gets no input_ids of the mask's shape; ValueError on a mask of another form.
+    """
+    position_B = score_positions(attention_mask_BS)
+    if rule == "pad_token":
+        if input_ids_BS is None or input_ids_BS.shape != attention_mask_BS.shape:
+            raise CreditError(
+                "row 'pad_token' is found by ids: pass record() the input_ids of the recorded mask's shape"
+            )
+        return last_other_positions(input_ids_BS, pad_token_id)
+    return first_positions(attention_mask_BS) if rule == "cls" else position_B

@@ -15,26 +15,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import AttentionInterface
 
 from abc_plugin.errors import CreditError, UserError
 from abc_plugin.recovery.layers import REMEDY, model_name, target_layer, unwrap
-from abc_plugin.recovery.row import attention_row
-from abc_plugin.recovery.rows import score_positions
+from abc_plugin.recovery.recording import Recording
+from abc_plugin.recovery.rows import ROWS, row_positions
 
 MARK = "_abc_attention_tap"
-
-# What an attention function was handed that changes the row in a way not computed here, and what it means.
-NOT_COMPUTED = {
-    "cu_seq_lens_q": "several sequences packed into one",
-    "cu_seq_lens_k": "several sequences packed into one",
-    "position_bias": "a position bias",
-    "block_indices": "block-sparse attention",
-    "indices": "sparse attention",
-}
-UNPACKED = "run the reward model on padded batches: no packing_samples, no ring attention"
 
 
 class AttentionTap:
@@ -46,14 +36,19 @@ class AttentionTap:
         recording.row_BS                                        # fp32, (B, S)
 
     model: a transformers decoder under sdpa, flash or eager attention, itself or inside wrappers.
-    layer: see ``layers.target_layer``.
+    layer: see ``layers.target_layer``.  per_head: keep recording.row_BHS too.
+    row: whose attention. "mask": of the last 1 of the mask, where OpenRLHF reads its score; "pad_token": of the last
+    id that is not padding, where AutoModelForSequenceClassification reads; "cls": of the first 1 of the mask.
     One tap per model; copies of the model carry none. ``close`` restores everything. torch.compile before or after is
     fine: the row is computed outside the graph.
     Raises UserError when the model or its attention implementation is not supported, naming it.
     """
 
-    def __init__(self, model: Any, layer: str = "last_full") -> None:
+    def __init__(self, model: Any, layer: str = "last_full", *, per_head: bool = False, row: str = "mask") -> None:
+        if row not in ROWS:
+            raise UserError(f"row {row!r} is none of {', '.join(ROWS)}")
         self.module, self.layer_index, self.num_layers = target_layer(model, layer)
+        self.per_head, self.row = per_head, row
         self.recording: Recording | None = None
         self._model_name = model_name(model)
         self._watches: list[_Watch] = []
@@ -75,18 +70,36 @@ class AttentionTap:
         return f"attention row of {layer} ({type(self.module).__name__}, {self.implementation})"
 
     @contextmanager
-    def record(self, attention_mask_BS: Tensor) -> Iterator[Recording]:
-        """Record the row during one forward of the model on right-, left- or unpadded sequences with this mask.
+    def record(
+        self,
+        attention_mask_BS: Tensor,
+        input_ids_BS: Tensor | None = None,
+        *,
+        ring_group: ProcessGroup | None = None,
+        head_group: ProcessGroup | None = None,
+    ) -> Iterator[Recording]:
+        """Record the row during one forward of the model on the sequences of this mask, 1 at real tokens.
 
-        The row is that of ``score_positions(attention_mask_BS)``: the last 1 of the mask. A head that reads elsewhere
-        (AutoModelForSequenceClassification: the last id that is not pad_token_id) needs a mask that ends there.
+        The model may run on the padded batch (B, S), padding left, right or in between, or on one stream (1, T) of the
+        mask's real tokens in order, packed; recording.row_BS is (B, S) in both cases.
+        input_ids_BS: for row="pad_token", the padded batch's.
+        ring_group: the stream, padded to a multiple of the group's size, is split over it in rank order.
+        head_group: the layer's heads are split over it. Every process of a group records the same mask and gets the
+        whole row.
         """
         if getattr(self.module, MARK, None) is not self:
             raise CreditError("the tap is closed; attach a new AttentionTap")
         if self.recording is not None:
             raise CreditError("the tap is recording already; leave the first record() block before the next")
         self._watch()  # another library may have replaced the function since
-        recording = self.recording = Recording(attention_mask_BS, self)
+        recording = self.recording = Recording(
+            attention_mask_BS,
+            row_positions(self.row, attention_mask_BS, input_ids_BS, self.module.config.pad_token_id),
+            self.describe(),
+            per_head=self.per_head,
+            ring_group=ring_group,
+            head_group=head_group,
+        )
         try:
             yield recording
         finally:
@@ -108,75 +121,6 @@ class AttentionTap:
 
     def __reduce__(self) -> tuple:
         return type(None), ()  # copying or pickling a tapped model gives an untapped one: None stands for the tap
-
-
-class Recording:
-    """What one ``AttentionTap.record`` block saw."""
-
-    def __init__(self, attention_mask_BS: Tensor, tap: AttentionTap) -> None:
-        self.position_B = score_positions(attention_mask_BS)
-        self.fired = 0
-        self._mask_BS = attention_mask_BS.bool()
-        self._about = tap.describe()
-        self._row_BS: Tensor | None = None
-        self._packed: Tensor | None = None  # bool on the device; read in row_BS, so that the forward does not wait
-
-    @property
-    def row_BS(self) -> Tensor:
-        """The row, fp32 (B, S), detached. Raises CreditError unless the layer ran exactly once, on unpacked input."""
-        if self.fired == 0:
-            raise CreditError(
-                f"{self._about}: the layer's attention function was not called; inside record(), run the tapped model "
-                "itself (not a copy, not a graph compiled before the tap)"
-            )
-        if self.fired > 1:
-            raise CreditError(
-                f"{self._about}: the layer ran {self.fired} times in one record(); record one forward at a time, of a "
-                "model that does not use one layer twice"
-            )
-        if self._packed is not None and bool(self._packed):
-            raise CreditError(f"{self._about}: position_ids restart, so sequences are packed into one; {UNPACKED}")
-        return self._row_BS
-
-    @torch.compiler.disable
-    def look(
-        self, module: nn.Module, query_BHSD: Tensor, key_BKSD: Tensor, mask: Tensor | None, options: dict[str, Any]
-    ) -> None:
-        """Compute the row from one call of the attention function; CreditError where it would not be right.
-
-        Kept out of compiled graphs, which would freeze the answer to its first question.
-        """
-        if torch._C._current_graph_task_id() != -1:
-            return  # a backward is running: gradient checkpointing computes the layer again, it is no second forward
-        self._check(query_BHSD, key_BKSD, options)
-        device = query_BHSD.device
-        self.fired += 1
-        self._row_BS = attention_row(
-            query_BHSD.detach(),
-            key_BKSD.detach(),
-            self.position_B.to(device),
-            scaling=options.get("scaling"),
-            mask=mask,
-            **_heeded(module, options),
-        )
-        if query_BHSD.shape[0] == 1:
-            self._packed = _restarts(options.get("position_ids"), self._mask_BS.to(device))
-
-    def _check(self, query_BHSD: Tensor, key_BKSD: Tensor, options: dict[str, Any]) -> None:
-        for name, meaning in NOT_COMPUTED.items():
-            if options.get(name) is not None:
-                raise CreditError(f"{self._about}: {name} was passed, {meaning}; {UNPACKED}")
-        ran_BS = (query_BHSD.shape[0], query_BHSD.shape[2])
-        if ran_BS != self._mask_BS.shape:
-            raise CreditError(
-                f"{self._about}: the model ran on {ran_BS} tokens, the recorded mask is {tuple(self._mask_BS.shape)}: "
-                f"packed or split sequences; {UNPACKED}"
-            )
-        if key_BKSD.shape[2] != query_BHSD.shape[2]:
-            raise CreditError(
-                f"{self._about}: {key_BKSD.shape[2]} keys for {query_BHSD.shape[2]} tokens: a cache or a learned "
-                "prefix; run the forward on whole sequences without past_key_values"
-            )
 
 
 class _Watch:
@@ -240,24 +184,3 @@ def _table_entry(module: nn.Module, model: str) -> tuple[Any, str]:
 
 def _is_flash(name: str | None) -> bool:
     return name is not None and "flash" in name and "|" not in name  # hub kernels are flash too; "paged|…" is not
-
-
-def _heeded(module: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
-    """The options that the implementation in use heeds: sdpa only causality, eager all but what its mask holds."""
-    name = module.config._attn_implementation
-    causal = options.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    if name == "sdpa":
-        return {"causal": causal}
-    logits = {"softcap": options.get("softcap"), "sinks_H": options.get("s_aux")}
-    if name == "eager":
-        return {"causal": False, **logits}
-    return {"causal": causal, "window": options.get("sliding_window"), **logits}
-
-
-def _restarts(position_ids: Tensor | None, mask_BS: Tensor) -> Tensor | None:
-    """Whether positions of neighbouring real tokens are not consecutive, a bool on the device."""
-    if position_ids is None or position_ids.shape != mask_BS.shape:
-        return None
-    step = position_ids[:, 1:] - position_ids[:, :-1]
-    return ((step != 1) & mask_BS[:, 1:] & mask_BS[:, :-1]).any()

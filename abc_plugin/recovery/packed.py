@@ -1,0 +1,141 @@
+"""Sequences packed into one stream: the row of each, back at its padded positions; whole, or split over a ring.
+
+Dimensions beside the package's: T tokens of the stream, L of them on this process. Without a ring both are the number
+of 1s in the mask; with one, T is that rounded up to a multiple of the processes, and each has its L = T / processes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from abc_plugin.recovery.parallel import place, sum_over
+from abc_plugin.recovery.row import fp32_product, softmax_row, visible_and_bias, visible_keys
+
+Fault = tuple[Tensor, str]  # (bool on the device, what it means when true): read later, so that no forward waits
+
+
+class Packing:
+    """Where the tokens of a padded batch lie in the stream that the host makes of them, ``input_ids[mask == 1]``."""
+
+    def __init__(self, mask_BS: Tensor, position_B: Tensor, tokens: int, ring_group: ProcessGroup | None) -> None:
+        length_B = mask_BS.sum(1)
+        end_B = length_B.cumsum(0)
+        self.mask_BS, self.position_B, self.ring_group = mask_BS, position_B, ring_group
+        self.first = place(ring_group)[0] * tokens  # this process's first token
+        stream_L = self.first + torch.arange(tokens, device=mask_BS.device)
+        self.real_L = stream_L < end_B[-1]
+        self.sequence_L = torch.searchsorted(end_B, stream_L, right=True).clamp(max=len(end_B) - 1)
+        self.offset_L = stream_L - (end_B - length_B)[self.sequence_L]
+        index_BS = (mask_BS.flatten().cumsum(0).view_as(mask_BS) - 1).clamp(min=0) - self.first
+        self.here_BS = mask_BS & (index_BS >= 0) & (index_BS < tokens)
+        self.index_BS = index_BS.clamp(
+            0, tokens - 1
+        )  # of a token among this process's; arbitrary where it is not here
+        self.query_B = self.index_BS.gather(1, position_B[:, None]).squeeze(1)
+        self.asks_B = self.here_BS.gather(1, position_B[:, None]).squeeze(1)  # whose query is on this process
+        self.several = (length_B > 0).sum() > 1
+
+
+@torch.no_grad()
+def packed_row(
+    packing: Packing,
+    query_1HLD: Tensor,
+    key_1KLD: Tensor,
+    *,
+    scaling: float | None = None,
+    mask: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """As ``row.attention_row``, of a stream: each sequence's row over its own keys, (B, H, S) at padded positions.
+
+    In a ring the result holds this process's keys, 0 elsewhere: the row is the sum over the processes.
+    mask: None, where the attention function tells sequences apart itself, or the stream's (1, 1|H, T, T).
+    """
+    _, heads, tokens, width = query_1HLD.shape
+    key_heads = key_1KLD.shape[1]
+    query_BHD = query_1HLD[0, :, packing.query_B].transpose(0, 1).float() * packing.asks_B[:, None, None]
+    query_BHD = sum_over(query_BHD, packing.ring_group)
+    query_LKGD = query_BHD.view(-1, key_heads, heads // key_heads, width)[packing.sequence_L]
+    logits_LH = fp32_product(query_LKGD, key_1KLD[0].transpose(0, 1)[..., None]).view(tokens, heads)
+    logits_BHS = logits_LH[packing.index_BS].transpose(1, 2) * (width**-0.5 if scaling is None else scaling)
+    visible_BS = visible_keys(packing.mask_BS, packing.position_B, causal, window) & packing.here_BS
+    visible, bias = visible_BS[:, None], None
+    if mask is not None and mask.ndim == 4:
+        visible, bias = (_to_sequences(row, packing) for row in visible_and_bias(_mask_rows(mask, packing)))
+        visible = visible & packing.here_BS[:, None]
+    return softmax_row(logits_BHS, visible, bias, softcap, sinks_H, packing.ring_group)
+
+
+def _mask_rows(mask_11TT: Tensor, packing: Packing) -> Tensor:
+    """The queries' rows of the stream's mask, (B, 1|H, T)."""
+    return mask_11TT[0, :, packing.query_B].transpose(0, 1)
+
+
+def _to_sequences(row_BHT: Tensor | None, packing: Packing) -> Tensor | None:
+    if row_BHT is None:
+        return None
+    return row_BHT.gather(2, packing.index_BS[:, None].expand(-1, row_BHT.shape[1], -1))
+
+
+def packing_faults(packing: Packing, mask: Tensor | None, options: dict[str, Any], splits: bool) -> list[Fault]:
+    """What would make a packed row wrong.
+
+    splits: whether the attention function tells sequences apart by ``cu_seq_lens_k`` or ``position_ids`` where it is
+    given no mask, as flash attention does and sdpa does not.
+    """
+    unread_B = packing.mask_BS.any(1) & ~packing.mask_BS.gather(1, packing.position_B[:, None]).squeeze(1)
+    faults = [(unread_B.any(), "the row asked for is that of a padding token, which packing leaves out")]
+    bounds, positions = options.get("cu_seq_lens_k"), options.get("position_ids")
+    starts_L = packing.offset_L == 0
+    if mask is not None and mask.ndim == 4:
+        faults.append((_leaks(mask, packing), "its mask lets a token see other sequences"))
+        if _fits(positions, starts_L):
+            faults.append(((_restarts(positions) & ~starts_L).any(), _MISMATCH.format("position_ids")))
+    elif mask is None and splits and packing.ring_group is not None:
+        if _fits(positions, starts_L):
+            moved_L = _restarts(positions) != starts_L
+            moved_L[0] = positions[0, 0] != packing.offset_L[0]  # a slice may begin in the middle of a sequence
+            faults.append(((moved_L & packing.real_L).any(), _MISMATCH.format("position_ids")))
+    elif mask is None and splits and bounds is not None:
+        begins_L = torch.zeros(len(starts_L) + 1, dtype=torch.bool, device=starts_L.device)
+        begins_L[bounds.long().clamp(0, len(starts_L))] = True
+        faults.append(((begins_L[:-1] != starts_L).any(), _MISMATCH.format("cu_seq_lens_k")))
+    elif mask is None and splits and _fits(positions, starts_L):
+        faults.append((((positions[0] == positions.min()) != starts_L).any(), _MISMATCH.format("position_ids")))
+    else:
+        faults.append((packing.several, "nothing tells its attention where one ends and the next begins"))
+    return faults
+
+
+def _leaks(mask_11TT: Tensor, packing: Packing) -> Tensor:
+    """Whether a query whose row is taken sees a key of another sequence, or any token the last key before its own.
+
+    The second: some models (gpt_oss in eager) leave packing out of their masks. The sequences' last tokens may then be
+    too far from other sequences for the window, and only the hidden states below them are mixed up.
+    """
+    visible_BHT, _ = visible_and_bias(_mask_rows(mask_11TT, packing))
+    own_BHS = _to_sequences(visible_BHT, packing) & packing.mask_BS[:, None]
+    leaks_BH = (visible_BHT.sum(-1) != own_BHS.sum(-1)) & packing.mask_BS.any(1)[:, None]
+    place_L = torch.arange(len(packing.offset_L), device=packing.offset_L.device)
+    before_L = place_L - packing.offset_L - 1  # -1 in the first sequence
+    sees_HL, _ = visible_and_bias(mask_11TT[0][:, place_L, before_L.clamp(min=0)])
+    return leaks_BH.any() | (sees_HL & (before_L >= 0)).any()
+
+
+_MISMATCH = "{} do not begin where the recorded mask's sequences begin"
+
+
+def _fits(positions: Tensor | None, starts_L: Tensor) -> bool:
+    return positions is not None and positions.shape == (1, len(starts_L))
+
+
+def _restarts(positions_1L: Tensor) -> Tensor:
+    """Where a position is not one more than the last, bool (L,); the first token counts."""
+    return torch.diff(positions_1L[0], prepend=positions_1L[0, :1]) != 1

@@ -1,0 +1,150 @@
+"""``abc-rlhf bench parity``: is the row the one that eager attention computes? Every family, layer and padding."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from abc_plugin.errors import CreditError, UserError
+from abc_plugin.recovery.attach import attach
+from abc_plugin.recovery.cpu_flash import cpu_flash, use_implementation
+from abc_plugin.recovery.families import ALL, COMMON, FAMILIES, tiny
+from abc_plugin.recovery.rerun import rerun_eager_rows
+
+FP32, BF16 = 1e-6, 2e-2  # largest difference; largest L1 distance of the renormalised rows
+
+# Padded on the right, on the left, not at all, and cut to a single real token.
+RIGHT = torch.tensor([[1] * 9 + [0] * 3, [1] * 5 + [0] * 7, [1] * 12])
+LEFT = RIGHT.flip(1)
+NONE = torch.ones(3, 12, dtype=torch.long)
+ONE = torch.tensor([[0] * 11 + [1], [1] + [0] * 11, [0] * 5 + [1] + [0] * 6])
+PADDINGS = {"right": RIGHT, "left": LEFT, "none": NONE, "one_token": ONE}
+PADDED = torch.cat([RIGHT, LEFT, ONE])
+
+# In bf16 two kernels' rounding makes the layers' inputs differ, whatever reads the row. Large weights blow that up,
+# and a router turns it into another expert, so weights are smaller and every token goes to all experts.
+TAME = {"initializer_range": 0.1, "num_experts_per_tok": 4}
+HOW = {"AttentionTap": "tap", "Fallback": "fallback"}
+
+
+@dataclass
+class Parity:
+    """What was found for one family: errors against eager by implementation, and refusals."""
+
+    family: str
+    how: str = ""
+    fp32: dict[str, float] = field(default_factory=dict)  # largest difference, all layers and paddings
+    bf16: dict[str, float] = field(default_factory=dict)  # largest L1 distance, all layers
+    rerun: dict[str, float] = field(default_factory=dict)  # fp32, of the eager re-run
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def faults(self) -> list[str]:
+        """What is not as the family's entry says, in words."""
+        entry = FAMILIES[self.family]
+        found = [f"{name} was to be exact, and is refused: {self.refused[name]}" for name in entry.exact if name in self.refused]
+        found += [f"{name} was to be refused, and is not" for name in entry.refused if name not in self.refused]
+        for kind, errors, limit in (("fp32", self.fp32, FP32), ("eager re-run", self.rerun, FP32), ("bf16", self.bf16, BF16)):
+            found += [f"{kind} under {name} is off by {error:.1e}" for name, error in errors.items() if not error <= limit]
+        return found
+
+
+def inputs(model: nn.Module, mask_BS: Tensor) -> dict[str, Tensor]:
+    """Random ids, and the position_ids that OpenRLHF derives from the mask, where the model takes any."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, COMMON["vocab_size"], mask_BS.shape, generator=generator) * mask_BS
+    positions = (mask_BS.cumsum(-1) - 1).masked_fill(mask_BS == 0, 1)
+    takes = inspect.signature(type(model).forward).parameters
+    opt = type(model).__name__ == "OPTModel"  # it counts positions by the mask itself
+    return {"input_ids": ids} | ({"position_ids": positions} if "position_ids" in takes and not opt else {})
+
+
+def recovered(model: nn.Module, layer: str, recovery: str, mask_BS: Tensor, **feed: Tensor) -> tuple[Tensor, str]:
+    """(row, name of the class that recovered it) of one forward."""
+    with closing(attach(model, layer, recovery)) as reader:
+        with torch.no_grad(), reader.record(mask_BS) as recording:
+            model(attention_mask=mask_BS, **feed)
+        return recording.row_BS, type(reader).__name__
+
+
+def check(family: str) -> Parity:
+    """Compare one family's rows to eager ones, and note what is refused and why."""
+    entry, found = FAMILIES[family], Parity(family)
+    model, half = tiny(family), tiny(family, **TAME).bfloat16()
+    for name in entry.exact + entry.refused:
+        use_implementation(model, name)
+        try:
+            found.fp32[name], found.how = largest(model, "auto", difference, [PADDED, NONE])
+            found.rerun[name], _ = largest(model, "eager-rerun", difference, [PADDED, NONE])
+        except (UserError, CreditError) as refusal:
+            found.refused[name] = str(refusal)
+    for name in entry.exact + entry.only_bf16:
+        found.bf16[name], _ = largest(use_implementation(half, name), "auto", distance, [RIGHT])
+    return found
+
+
+def largest(
+    model: nn.Module, recovery: str, error: Callable[[Tensor, Tensor], float], masks: Iterable[Tensor]
+) -> tuple[float, str]:
+    """(largest error over layers and masks, name of the class that recovered the rows)."""
+    worst, how = 0.0, ""
+    for mask_BS in masks:
+        feed = inputs(model, mask_BS)
+        for layer, expected_BS in rerun_eager_rows(model, mask_BS, **feed).items():
+            with cpu_flash() as kernels:
+                row_BS, how = recovered(model, str(layer), recovery, mask_BS, **feed)
+            if bool(kernels) != ("flash" in model.config._attn_implementation):
+                raise AssertionError(f"{type(model).__name__} did not run the attention that its configuration names")
+            worst = max(worst, error(row_BS, expected_BS))
+    return worst, how
+
+
+def difference(row_BS: Tensor, expected_BS: Tensor) -> float:
+    """Largest absolute difference."""
+    return (row_BS - expected_BS).abs().max().item()
+
+
+def distance(row_BS: Tensor, expected_BS: Tensor) -> float:
+    """Largest L1 distance of the rows, each renormalised."""
+    rows = (x_BS / x_BS.sum(1, keepdim=True) for x_BS in (row_BS, expected_BS))
+    return torch.sub(*rows).abs().sum(1).max().item()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table as markdown, then the refusals; 0 if every family is as its entry says, else 1."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of models in which every layer has a window
+        results = [check(family) for family in FAMILIES]
+    print("\n".join(table(results)))
+    faults = [f"{result.family}: {fault}" for result in results for fault in result.faults]
+    print(f"\n{len(results)} families, {sum(not result.refused for result in results)} exact in all they support")
+    print("\n".join(faults), file=sys.stderr)
+    return 1 if faults else 0
+
+
+def table(results: list[Parity]) -> list[str]:
+    """Markdown: one row per family, then one line per reason of refusal."""
+    heads = ("family", "special", "read by", "sdpa", "flash", "eager", "eager re-run", "bf16")
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for result in results:
+        entry = FAMILIES[result.family]
+        cells = [result.family, entry.what, HOW.get(result.how, "refused")]
+        cells += ["refused" if name in result.refused else _number(result.fp32.get(name)) for name in ALL]
+        cells += [_number(max(errors.values(), default=None)) for errors in (result.rerun, result.bf16)]
+        lines.append("| " + " | ".join(cells) + " |")
+    reasons = [f"- {result.family} under {', '.join(result.refused)}: {next(iter(result.refused.values()))}" for result in results if result.refused]
+    return [*lines, "", "Refused:", "", *reasons]
+
+
+def _number(error: float | None) -> str:
+    return "–" if error is None else f"{error:.0e}"

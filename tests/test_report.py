@@ -23,7 +23,7 @@ from abc_plugin.report.samples import Sample, mean_and_error, pair_up, read_samp
 from abc_plugin.report.scalars import Run, read_scalars
 from abc_plugin.report.tokens import SWATCHES, completion, intensity, legend, token_text, visible
 
-REWARD, KL = "train/rollout/reward_mean", "train/kl"
+REWARD, KL, SECONDS = "train/rollout/reward_mean", "train/kl", "train/timing/step_total"
 
 
 def write_events(directory, scalars, walltime=1000.0):
@@ -125,8 +125,9 @@ def test_steps_to_reach_answers_in_steps_not_in_entries():
 
 
 def ramp(label, start, kl=0.25):
-    """Reward 0 up to step ``start``, then 1, over 20 steps."""
-    return Run(label, {REWARD: from_one([0.0] * start + [1.0] * (20 - start)), KL: from_one([kl] * 20)})
+    """Reward 0 up to step ``start``, then 1, over 20 steps; the first takes 100 s, the others ``start`` s."""
+    scalars = {REWARD: [0.0] * start + [1.0] * (20 - start), KL: [kl] * 20, SECONDS: [100.0] + [start] * 19}
+    return Run(label, {tag: from_one(values) for tag, values in scalars.items()})
 
 
 def test_summary_by_hand():
@@ -138,9 +139,9 @@ def test_summary_by_hand():
     assert abc.steps_to_baseline == [7, 11]
     assert abc.reward == pytest.approx([0.9, 0.7])
     assert abc.reward_per_sqrt_kl == pytest.approx([1 / 0.4, 1 / 0.2])
-    assert none.cells() == ["none", "2", "20", "0.500 ± 0.000", "0.250 ± 0.000", "1.000 ± 0.000", "15", "2.000"]
+    assert none.cells() == ["none", "2", "20", "0.500 ± 0.000", "0.250 ± 0.000", "1.000 ± 0.000", "15", "2.000", "10.000 ± 0.000"]
     # standard deviation of 0.9, 0.7 is 0.2 / sqrt 2; of 0.16, 0.04 it is 0.12 / sqrt 2
-    assert abc.cells() == ["abc", "2", "20", "0.800 ± 0.141", "0.100 ± 0.085", "1.000 ± 0.000", "9", "3.750"]
+    assert abc.cells() == ["abc", "2", "20", "0.800 ± 0.141", "0.100 ± 0.085", "1.000 ± 0.000", "9", "3.750", "4.000 ± 2.828"]
     assert len(compare.HEADER) == len(abc.cells())
 
 
@@ -159,8 +160,8 @@ def test_seeds_that_never_reach_the_baseline_are_counted(starts, text):
 
 def test_what_cannot_be_said_is_a_dash():
     no_kl = Run("abc", {REWARD: from_one([1.0, 2.0])})
-    assert compare.summarise([no_kl])[0].cells() == ["abc", "1", "2", "1.500", "–", "1.500", "–", "–"]
-    assert compare.summarise([ramp("abc", 2, kl=-0.1)])[0].cells()[-1] == "–"
+    assert compare.summarise([no_kl])[0].cells() == ["abc", "1", "2", "1.500", "–", "1.500", "–", "–", "–"]
+    assert compare.summarise([ramp("abc", 2, kl=-0.1)])[0].cells()[-2] == "–"
 
 
 def test_train_reward_serves_where_the_rollout_mean_was_not_logged():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from abc_plugin.report.scalars import KL, REWARD, Curve, Run, by_group
+from abc_plugin.report.scalars import KL, REWARD, SECONDS, Curve, Run, by_group
 
 WINDOW = 5  # steps in the trailing mean that smooths a curve
 LAST = 10  # steps that count as the end of a run
@@ -23,6 +23,7 @@ HEADER = (
     f"reward, last {LAST} steps",
     f"steps to {BASELINE}'s final reward",
     "reward / √KL at the end",
+    "s per step",
 )
 
 FOOTNOTE = (
@@ -33,7 +34,8 @@ FOOTNOTE = (
     f"least the mean reward of the last {LAST} steps of the seeds of {BASELINE}; median over seeds, a seed that never "
     "gets there counts as infinite. "
     f"Reward / √KL at the end: a seed's reward over the square root of its KL, both of its last {LAST} steps, then "
-    "mean over seeds; – where the KL of a seed is not positive or was not logged."
+    "mean over seeds; – where the KL of a seed is not positive or was not logged. "
+    "s per step: median over a seed's steps but the first, wall time as the host logs it, then as before."
 )
 
 
@@ -82,6 +84,7 @@ class Row:
     last_reward: list[float]  # reward units
     steps_to_baseline: list[float]  # infinity: not reached; empty without a group BASELINE
     reward_per_sqrt_kl: list[float]  # empty where a seed's KL at the end is not positive or not logged
+    seconds: list[float]  # per step; the first, which warms up, is left out; empty where it was not logged
 
     def cells(self) -> list[str]:
         """The row as text, in the order of HEADER."""
@@ -95,6 +98,7 @@ class Row:
             _spread(self.last_reward),
             _median_steps(self.steps_to_baseline),
             f"{mean(self.reward_per_sqrt_kl):.3f}" if self.reward_per_sqrt_kl else "–",
+            _spread(self.seconds),
         ]
 
 
@@ -138,4 +142,5 @@ def _row(group: str, seeds: list[Run], target: float | None) -> Row:
         reward_per_sqrt_kl=[last_mean(run.curve(REWARD)) / math.sqrt(last_mean(run.curve(KL))) for run in seeds]
         if usable
         else [],
+        seconds=[float(np.median(values_of(curve)[1:])) for run in seeds if len(curve := run.curve(SECONDS)) > 1],
     )

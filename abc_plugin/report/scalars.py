@@ -13,6 +13,7 @@ Curve = list[tuple[int, float]]  # (step, value), steps increasing
 
 REWARD = ("train/rollout/reward_mean", "train/reward")  # the first that is present; the second is per micro-batch
 KL = ("train/kl",)
+SECONDS = ("train/timing/step_total",)
 
 
 def read_scalars(tensorboard_dir: str | Path) -> dict[str, Curve]:

@@ -9,7 +9,11 @@ from typing import Any
 
 from abc_plugin.errors import UserError
 
-RECOVERIES = ("auto", "tap", "eager-rerun")
+CHOICES = {
+    "recovery": ("auto", "tap", "eager-rerun"),
+    "tokenizer_check": ("strict", "map", "off"),
+    "reward_text": ("plain", "special", "chat"),
+}
 
 
 def _setting(flag: str, default: Any, type_: type, help_: str) -> Any:
@@ -44,6 +48,20 @@ class ShapingConfig:
         "how attention is recovered: auto (from the forward that runs anyway), tap (only so), or eager-rerun (the "
         "reference, which runs the layer's attention a second time)",
     )
+    tokenizer_check: str = _setting(
+        "--shaping.tokenizer_check",
+        "strict",
+        str,
+        "policy and reward model with different tokenizers: strict (refuse), map (the reward model reads the text in "
+        "its own tokens, its credit is carried back by characters), or off (the reward model reads the policy's ids)",
+    )
+    reward_text: str = _setting(
+        "--shaping.reward_text",
+        "plain",
+        str,
+        "with map, what the reward model reads: plain (the sequence's text), special (and its own special tokens "
+        "around it), or chat (prompt and response in its own chat template)",
+    )
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.beta <= 1.0:
@@ -51,8 +69,11 @@ class ShapingConfig:
         if self.layer not in ("last_full", "last") and not self.layer.lstrip("-").isdecimal():
             raise UserError(f"--shaping.layer {self.layer!r} is neither last_full, last nor a layer index such as -1")
 
-        if self.recovery not in RECOVERIES:
-            raise UserError(f"--shaping.recovery {self.recovery!r} is none of {', '.join(RECOVERIES)}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"--shaping.{name} {getattr(self, name)!r} is none of {', '.join(choices)}")
+        if self.reward_text != "plain" and self.tokenizer_check != "map":
+            raise UserError(f"--shaping.reward_text {self.reward_text} means something with --shaping.tokenizer_check map")
 
     @property
     def dense(self) -> bool:

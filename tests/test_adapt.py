@@ -28,10 +28,10 @@ def test_a_present_package_is_left_alone(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("version", "message"), [("0.10.2", r"OpenRLHF 0.10.2 is not supported; pip install"), ("1.0", "OpenRLHF 1.0")]
+    ("version", "message"), [("0.10.2", r"OpenRLHF 0.10.2 is not supported: .*pip install"), ("1.0", "OpenRLHF 1.0")]
 )
 def test_other_versions_of_the_host_are_refused(monkeypatch, version, message):
-    monkeypatch.setattr(adapt.importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
     with pytest.raises(UserError, match=message):
         adapt.import_host()
 

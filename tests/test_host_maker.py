@@ -173,11 +173,21 @@ def test_nan_reward_stops_the_run():
 
 def test_credit_is_split_from_the_reward_and_a_reward_without_it_stops_the_run(monkeypatch):
     maker = make(CreditExperienceMaker, ShapingConfig("abc"))
-    scored = ScoredBatch(torch.tensor([1.0]), torch.rand(1, 9))
+    scored = ScoredBatch(torch.tensor([1.0]), torch.rand(1, 9), {})
     monkeypatch.setattr("openrlhf.trainer.ppo_utils.experience_maker.ray.get", lambda refs: refs)
-    assert maker._flatten_results([[scored], [scored]], 1) == [scored.reward_B] * 2
-    monkeypatch.setattr(RemoteExperienceMaker, "make_experience", lambda self, samples: samples)
+
+    def host_method(self, samples):
+        if results:
+            assert self._flatten_results(results, 1) == [scored.reward_B] * len(results)
+        return samples
+
+    monkeypatch.setattr(RemoteExperienceMaker, "make_experience", host_method)
+    results = [[scored], [scored]]
     made = maker.make_experience(batch())
     assert all(exp.attention_BS is scored.attention_BS for exp in made)
+    results = [[scored]]
+    with pytest.raises(CreditError, match="1 batches of attention rows for 2 experiences"):
+        maker.make_experience(batch())
+    results = []
     with pytest.raises(CreditError, match="reward of sample 0 came without credit.*serve-rm.*uniform or none"):
         maker.make_experience(batch())

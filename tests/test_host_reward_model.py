@@ -60,7 +60,7 @@ def test_score_is_the_stock_one_and_the_row_is_the_eager_one(tiny, monkeypatch, 
     stock = worker(tiny, monkeypatch, ShapingConfig("none"), attention)
     expected_B = stock.forward(*batch, pad_sequence=True)
     tapped = worker(tiny, monkeypatch, ShapingConfig("abc", layer=layer), attention)
-    reward_B, row_BS = tapped.forward(*batch, pad_sequence=True)
+    reward_B, row_BS, _ = tapped.forward(*batch, pad_sequence=True)
     assert torch.equal(reward_B, expected_B)
     ids, mask = batch
     position = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
@@ -83,7 +83,7 @@ def test_normalisation_that_the_host_loses_is_restored(tiny, tmp_path, monkeypat
     shutil.copytree(tiny / "reward_model", tmp_path / "reward_model")
     config = json.loads((tmp_path / "reward_model/config.json").read_text()) | {"mean": 1.5, "std": 0.5}
     (tmp_path / "reward_model/config.json").write_text(json.dumps(config))
-    plain_B, _ = worker(tmp_path, monkeypatch, ShapingConfig("abc")).forward(*batch)
+    plain_B, _, _ = worker(tmp_path, monkeypatch, ShapingConfig("abc")).forward(*batch)
     normal = worker(tmp_path, monkeypatch, ShapingConfig("abc"), extra=["--reward.normalize_enable"])
     assert (normal.model.mean, normal.model.std) == (1.5, 0.5)
     torch.testing.assert_close(normal.forward(*batch)[0], (plain_B - 1.5) / 0.5)

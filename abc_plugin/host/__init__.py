@@ -1,10 +1,19 @@
 """The integration: the only package that imports openrlhf.
 
+contract.py          what the plugin relies on in OpenRLHF (contract_table.py), checked on the installed source
 adapt.py             lets OpenRLHF be imported and run where vLLM, flash-attn or CUDA are absent
-arguments.py         OpenRLHF's own command-line parser, reused
+arguments.py         OpenRLHF's own command-line parser, reused; options.py: its settings by name, in any version
 checks.py            everything that can be refused before a model is loaded
+actors.py            Ray's actor classes, opened for subclasses
 reward_model.py      the reward model's worker: score and attention row in one forward
+remote_credit.py     credit of rewards that come with the rollout
 experience_maker.py  the experience maker: per-token credit instead of the final reward
+trainers.py          the host's trainers on Ray with that experience maker
+normalisation.py     the reward's mean and deviation, which the host loses
+install.py           puts these classes where the host looks up its own
+preflight.py         what can be refused on Ray before a GPU is taken
+ray_driver.py        the Ray driver: OpenRLHF's train() on a cluster; cpu_cluster.py: one without GPUs
+serve_rm.py          the host's reward server, with credit in its replies
 inprocess.py         Ray's calls, answered in this process
 generation.py        rollouts by transformers, where the host uses vLLM
 local_trainer.py     the host's trainer with the two above and a progress bar

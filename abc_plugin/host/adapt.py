@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -16,8 +15,6 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from abc_plugin.errors import UserError
 from abc_plugin.host.contract import refuse_broken_host
-
-SUPPORTED = "0.11."  # versions of OpenRLHF: dotted flags, and train() as the local driver calls it
 
 # What OpenRLHF imports at module level from packages that one process without vLLM never calls.
 OPTIONAL = {
@@ -86,18 +83,18 @@ def without_cuda() -> None:
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 
-def import_host() -> None:
+def import_host(*, local: bool = True) -> None:
     """Import OpenRLHF's PPO stack with whatever this machine has; a second call changes nothing.
 
-    Raises UserError when OpenRLHF or one of its required packages is missing, or its version is not supported.
+    ``local``: for the local driver, which runs with fewer versions.
+    Raises UserError when OpenRLHF or one of its required packages is missing, or its version or code is not supported.
     """
     # Before the stand-ins: these probe for flash-attn and vLLM, and must find them absent.
     wanted = ("transformers", "datasets", "peft", "ray", "deepspeed", "torchdata")
     missing = [name for name in (*wanted, "openrlhf") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"not installed: {', '.join(missing)}; run bash launch/environment.sh, or pip install them")
-    if not (version := importlib.metadata.version("openrlhf")).startswith(SUPPORTED):
-        raise UserError(f"OpenRLHF {version} is not supported; pip install --no-deps 'openrlhf=={SUPPORTED}*'")
+    refuse_broken_host(local=local)
     without_cuda()
     for name in wanted:
         importlib.import_module(name)

@@ -54,6 +54,7 @@ def parse(argv: list[str], command: str = "local") -> Namespace:
         mock.patch("ray.is_initialized", _stop_at_train),
         mock.patch.object(sys, "argv", [f"abc-rlhf {command}", *argv]),
         mock.patch.object(ArgumentParser, "error", _refuse),
+        mock.patch("abc_plugin.host.install.openrlhf_plugin"),  # a patched host calls it, also for its parser
         optional_packages(),
     ):
         try:

@@ -24,8 +24,8 @@ from transformers.utils import (
 from abc_plugin.config import ShapingConfig
 from abc_plugin.credit import methods
 from abc_plugin.errors import UserError
-from abc_plugin.host.options import flag, option
-from abc_plugin.recovery.attach import attach
+from abc_plugin.host.options import flag, option, set_option
+from abc_plugin.recovery import attach
 from abc_plugin.tokenizers import first_difference
 
 # Flags that one process without engines cannot honour: (attribute path, refused value, why and what to do). Packing,
@@ -69,6 +69,11 @@ def check_models(args: Namespace, shaping: ShapingConfig, *, runs_here: bool = T
 
     ``runs_here``: whether this machine will run them, so that its devices and packages matter.
     """
+    if shaping.reward_text == "chat" and option(args, "data.apply_chat_template"):
+        raise UserError(
+            f"--shaping.reward_text chat needs the bare prompts, but {flag(args, 'data.apply_chat_template')} "
+            "puts them into the policy's template; use --shaping.reward_text plain"
+        )
     names = ("actor", "reward", "critic")
     policy, reward, critic = (option(args, f"{name}.model_name_or_path") for name in names)
     flags = {name: flag(args, f"{name}.model_name_or_path") for name in names}
@@ -83,12 +88,31 @@ def check_models(args: Namespace, shaping: ShapingConfig, *, runs_here: bool = T
     tokenizer = _tokenizer(args, flags["actor"], policy)
     for name, path in others.items():
         if difference := first_difference(tokenizer, _tokenizer(args, name, path)):
-            raise UserError(
-                f"{name} {path} and the policy {policy} must share a tokenizer, but {difference}; use a model trained "
-                "with the policy's tokenizer"
-            )
+            _other_tokenizer(args, shaping, name, path, difference)
     if shaping.dense and methods.load(shaping.method).needs_attention:
         _check_tap(args, reward, reward_config, shaping, runs_here)
+
+
+def _other_tokenizer(args: Namespace, shaping: ShapingConfig, name: str, path: str, difference: str) -> None:
+    """What ``--shaping.tokenizer_check`` says to a model that reads text otherwise than the policy."""
+    policy = option(args, "actor.model_name_or_path")
+    is_reward = path == option(args, "reward.model_name_or_path")
+    if shaping.tokenizer_check == "off":
+        print(
+            f"abc_plugin: WARNING: --shaping.tokenizer_check off: {name} {path} reads the policy's ids as its own, "
+            f"though {difference}; reward and credit are those of another text"
+        )
+    elif shaping.tokenizer_check == "strict" or not is_reward:
+        remedy = "use a model trained with the policy's tokenizer" + (
+            ", or --shaping.tokenizer_check map (see README)" if is_reward else ""
+        )
+        raise UserError(f"{name} {path} and the policy {policy} must share a tokenizer, but {difference}; {remedy}")
+    else:
+        print(f"abc_plugin: {name} {path} reads the text in its own tokens: {difference}")
+        if option(args, "critic.model_name_or_path") == path:
+            # The host's default is the reward model, which cannot read the policy's ids.
+            set_option(args, "critic.model_name_or_path", policy)
+            print(f"abc_plugin: the critic starts from the policy {policy}, whose tokens it reads")
 
 
 def _tokenizer(args: Namespace, name: str, path: str) -> object:

@@ -123,6 +123,7 @@ CONTRACT: dict[str, dict[str, Needs]] = {
             ),
         ),
         "RemoteExperienceMaker.split_rollout_samples": Needs("(self, rollout_samples)", ("sample.index = [i]",)),
+        "RemoteExperienceMaker._dispatch_forward": Needs("(self, group, sync_condition, **kwargs)"),
         "RemoteExperienceMaker._flatten_results": Needs("(self, refs, duplicate_factor)"),
         "RemoteExperienceMaker.make_experience": Needs(
             "(self, samples_list)",

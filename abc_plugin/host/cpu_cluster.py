@@ -1,7 +1,7 @@
 """Real Ray, DeepSpeed and vLLM (its CPU build) under an unmodified OpenRLHF on a machine without a GPU.
 
-Every process of such a cluster calls ``worker_setup`` before anything else: Ray's workers and vLLM's engines as well as
-the driver. It imports nothing heavy; each module of PATCHES is adjusted when, and only where, it gets imported.
+Every process of such a cluster first calls ``worker_setup``: the driver, Ray's workers and vLLM's engines. It imports
+nothing heavy; each module of PATCHES is adjusted when, and only where, it gets imported.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def worker_setup() -> None:
 
 
 def vllm_plugin() -> None:
-    """Entry point of the group ``vllm.general_plugins``: called in every vLLM process wherever abc_plugin is installed.
+    """Entry point of ``vllm.general_plugins``: every vLLM process calls it, wherever abc_plugin is installed.
 
     vLLM's engine is a process of its own, which Ray's hook does not reach. Does nothing unless SWITCH is set.
     """
@@ -114,7 +114,7 @@ class AfterImport(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: object = None) -> ModuleSpec | None:
         if name not in self.patches:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :]
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is not None:  # it may be asked for without being executed, so nothing is patched here
             execute = spec.loader.exec_module

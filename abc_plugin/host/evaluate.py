@@ -63,7 +63,7 @@ def sample(args: Namespace, data: Dataset, method: methods.Method) -> list[dict]
 
     from abc_plugin.host.checks import quiet_strategy
     from abc_plugin.host.generation import generate
-    from abc_plugin.recovery.attach import attach
+    from abc_plugin.recovery import attach
 
     disable_progress_bar()
     logging_utils._default_handler.setLevel("WARNING")

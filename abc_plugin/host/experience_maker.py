@@ -33,7 +33,7 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
         self.shaping = self.args.shaping
         self.method = methods.load(self.shaping.method)
         self.announced = False
-        self._attention: list[Tensor] = []
+        self._scored: list[ScoredBatch] = []
         self._spans: dict[int, Tensor] = {}
 
     @torch.no_grad()
@@ -56,9 +56,14 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
     def _flatten_results(self, refs: list, duplicate_factor: int) -> list:
         results = super()._flatten_results(refs, duplicate_factor)
         if results and isinstance(results[0], ScoredBatch):
-            self._attention = [scored.attention_BS for scored in results]
+            self._scored = results
             return [scored.reward_B for scored in results]
         return results
+
+    def _dispatch_forward(self, group: object, sync_condition: bool, **batches: list) -> list:
+        if group is self.reward_model_group and self.shaping.tokenizer_check == "map":
+            batches |= self._for_mapping
+        return super()._dispatch_forward(group, sync_condition, **batches)
 
     @torch.no_grad()
     def make_experience(self, samples_list: list[Experience]) -> list[Experience]:
@@ -66,14 +71,20 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
 
         Raises CreditError when the reward came without attention.
         """
+        self._scored = []
+        self._for_mapping = {
+            "action_mask": [samples.action_mask for samples in samples_list],
+            "prompts": [samples.prompts for samples in samples_list],
+        }
         experiences = super().make_experience(samples_list)
+        if self._scored and len(self._scored) != len(experiences):
+            raise CreditError(f"{len(self._scored)} batches of attention rows for {len(experiences)} experiences")
+        for experience, scored in zip(experiences, self._scored, strict=False):
+            experience.info |= scored.info
         if self.shaping.dense and self.method.needs_attention:
-            rows = self._attention or [self._remote_rows(experience) for experience in experiences]
-            if len(rows) != len(experiences):
-                raise CreditError(f"{len(rows)} batches of attention rows for {len(experiences)} experiences")
+            rows = [scored.attention_BS for scored in self._scored] or map(self._remote_rows, experiences)
             for experience, row_BS in zip(experiences, rows, strict=True):
                 experience.attention_BS = row_BS
-        self._attention = []
         return experiences
 
     def _remote_rows(self, experience: Experience) -> Tensor:

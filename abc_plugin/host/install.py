@@ -6,12 +6,14 @@ rebound in the driver would not. Nothing else of the host is touched.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from argparse import Namespace
 
-from abc_plugin.config import ShapingConfig, split_flags
+from abc_plugin.config import ShapingConfig, add_flags, split_flags
 from abc_plugin.credit import methods
+from abc_plugin.errors import UserError
 from abc_plugin.host.actors import as_actor
 from abc_plugin.host.contract import refuse_broken_host
 
@@ -61,12 +63,19 @@ def uninstall() -> None:
 def openrlhf_plugin() -> None:
     """Entry point of the group ``openrlhf.plugins``, which a patched host calls before it parses its flags.
 
-    Takes the plugin's flags out of ``sys.argv``.
+    Takes the plugin's flags out of ``sys.argv``; bad input is one line on stderr and exit status 2.
     """
-    shaping, rest = split_flags(sys.argv[1:])
-    sys.argv[1:] = rest
-    for line in install(shaping):
-        print(f"abc_plugin: rebound {line}")
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        parser = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
+        add_flags(parser)
+        print(parser.format_help())
+    try:
+        shaping, sys.argv[1:] = split_flags(sys.argv[1:])
+        for line in install(shaping):
+            print(f"abc_plugin: rebound {line}")
+    except UserError as error:
+        print(f"abc_plugin: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _load(dotted: str) -> object:

@@ -13,6 +13,7 @@ FLAT = {
     "reward.remote_url": "remote_rm_url",
     "reward.normalize_enable": "normalize_reward",
     "train.agent_func_path": "agent_func_path",
+    "data.apply_chat_template": "apply_chat_template",
     "data.disable_fast_tokenizer": "disable_fast_tokenizer",
     "ds.attn_implementation": "attn_implementation",
     "ds.ring_attn_size": "ring_attn_size",
@@ -28,6 +29,17 @@ def option(args: Namespace, name: str) -> Any:
     for part in name.split("."):
         args = getattr(args, part)
     return args
+
+
+def set_option(args: Namespace, name: str, value: Any) -> None:
+    """Give the host's setting ``name`` another value."""
+    if hasattr(args, FLAT[name]):
+        setattr(args, FLAT[name], value)
+        return
+    *parents, last = name.split(".")
+    for part in parents:
+        args = getattr(args, part)
+    setattr(args, last, value)
 
 
 def flag(args: Namespace, name: str) -> str:

@@ -17,7 +17,7 @@ def preflight(args: Namespace, shaping: ShapingConfig) -> None:
     workers' disks only are checked there.
     Raises UserError as ``checks.check_models``.
     """
-    if not shaping.dense:
+    if not shaping.dense and shaping.tokenizer_check == "strict":
         return
     for source in ("reward.remote_url", "train.agent_func_path"):
         if option(args, source):

@@ -8,44 +8,94 @@ import torch
 from openrlhf.trainer.ray.launcher import RewardModelActor
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from transformers import AutoTokenizer
 
 from abc_plugin.credit import methods
 from abc_plugin.host import normalisation
 from abc_plugin.host.actors import undecorated
 from abc_plugin.host.options import option
-from abc_plugin.recovery.attach import attach
+from abc_plugin.recovery import attach
+from abc_plugin.tokenizers import first_difference
+from abc_plugin.tokenizers.mapping import MappedBatch, map_batch
 
 
 class ScoredBatch(NamedTuple):
     """What travels from the reward model to the experience maker, on the CPU."""
 
     reward_B: Tensor
-    attention_BS: Tensor  # attention of the token the score is read at, over all positions, fp32
+    attention_BS: Tensor | None  # of the token the score is read at, over all positions, fp32; None if not needed
+    info: dict[str, Tensor]  # metrics (B,)
 
 
 class CreditRewardModel(undecorated(RewardModelActor)):
-    """OpenRLHF's reward-model worker; with a method that needs attention its forward returns a ScoredBatch."""
+    """OpenRLHF's reward-model worker.
+
+    With a method that needs attention, or a model that reads its own tokens (``--shaping.tokenizer_check map``), its
+    forward returns a ScoredBatch.
+    """
 
     attention: Any = None  # what attach gives
+    tokenizers: tuple[Any, Any] | None = None  # (policy's, own), where they differ and the text is mapped
 
     def init_model_from_pretrained(self, strategy: object, pretrain: str) -> None:
         """Load the model as the host does, attach the tap and fire it once, before any rollout is made."""
         super().init_model_from_pretrained(strategy, pretrain)
-        if normalisation.normalises(strategy.args):
+        args, shaping = strategy.args, strategy.args.shaping
+        if normalisation.normalises(args):
             strategy.print(f"abc_plugin: reward normalisation restored: {normalisation.restore(self.model)}")
-        shaping = strategy.args.shaping
+        if shaping.tokenizer_check == "map":
+            fast = not option(args, "data.disable_fast_tokenizer")
+            paths = (option(args, "actor.model_name_or_path"), pretrain)
+            both = [AutoTokenizer.from_pretrained(path, trust_remote_code=True, use_fast=fast) for path in paths]
+            self.tokenizers = tuple(both) if first_difference(*both) else None
         if shaping.dense and methods.load(shaping.method).needs_attention:
             self.attention = attach(self.model, layer=shaping.layer, recovery=shaping.recovery)
             strategy.print(f"abc_plugin: {self.attention.describe()}")
-            self.forward(torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.long))
+            self._score(torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.long))
 
-    def forward(self, sequences: Tensor, attention_mask: Tensor, **kwargs: object) -> Tensor | ScoredBatch:
-        """Host signature. The row is that of ``attention_mask``'s last position, where the host reads the score."""
+    def forward(
+        self,
+        sequences: Tensor,
+        attention_mask: Tensor,
+        action_mask: Tensor | None = None,
+        prompts: list[str] | None = None,
+        **kwargs: object,
+    ) -> Tensor | ScoredBatch:
+        """Host signature; the experience maker adds ``action_mask`` and ``prompts`` where text is mapped.
+
+        The row is that of ``attention_mask``'s last position, where the host reads the score.
+        """
+        if self.tokenizers is None:
+            reward_B, row_BS = self._score(sequences, attention_mask, **kwargs)
+            return reward_B if row_BS is None else ScoredBatch(reward_B, row_BS, {})
+        mapped = self._mapped(sequences, attention_mask, action_mask, prompts)
+        reward_B, row_BL = self._score(mapped.input_ids_BL, mapped.attention_mask_BL, **kwargs)
+        info = {"reward_truncated": mapped.truncated_B.float()}
+        if row_BL is None:
+            return ScoredBatch(reward_B, None, info)
+        row_BS, moved_B = mapped.to_policy(row_BL)
+        return ScoredBatch(reward_B, row_BS.float(), info | {"credit_moved": moved_B.float()})
+
+    def _score(self, sequences: Tensor, attention_mask: Tensor, **kwargs: object) -> tuple[Tensor, Tensor | None]:
+        """The host's forward; the row beside it where attention is needed."""
         if self.attention is None:
-            return super().forward(sequences, attention_mask, **kwargs)
+            return super().forward(sequences, attention_mask, **kwargs), None
         with self.attention.record(attention_mask.to(torch.cuda.current_device()), **self._groups()) as recording:
             reward_B = super().forward(sequences, attention_mask, **kwargs)
-        return ScoredBatch(reward_B, recording.row_BS.to("cpu"))
+        return reward_B, recording.row_BS.to("cpu")
+
+    def _mapped(
+        self, sequences: Tensor, attention_mask: Tensor, action_mask: Tensor, prompts: list[str]
+    ) -> MappedBatch:
+        text = self.strategy.args.shaping.reward_text
+        return map_batch(
+            *self.tokenizers,
+            sequences,
+            attention_mask,
+            action_mask,
+            special_tokens=text == "special",
+            messages_B=[[{"role": "user", "content": prompt}] for prompt in prompts] if text == "chat" else None,
+        )
 
     def _groups(self) -> dict[str, ProcessGroup]:
         """The process groups over which this model's sequences and heads are split, where they are."""

@@ -36,7 +36,7 @@ class CreditServer:
     """The host's loaded reward model and tokenizer (its RewardModelProxy), scoring with credit."""
 
     def __init__(self, proxy: Any, shaping: ShapingConfig) -> None:
-        from abc_plugin.recovery.attach import attach
+        from abc_plugin.recovery import attach
 
         self.proxy = proxy
         self.attention = attach(proxy.reward_model, layer=shaping.layer, recovery=shaping.recovery)
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
         _print_help()
     if missing := [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]:
         raise UserError(f"not installed: {', '.join(missing)}; pip install fastapi uvicorn")
-    import_host()
+    import_host(local=False)
     proxy, args = _load(host_argv)
     from abc_plugin.host import normalisation
 

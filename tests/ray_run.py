@@ -23,7 +23,8 @@ from pathlib import Path
 from abc_plugin.host import cpu_cluster
 
 RECORDS, SEED = "ABC_TEST_RECORDS", 0
-FIELDS = ("sequences", "attention_mask", "action_mask", "action_log_probs", "values", "rewards", "advantages", "returns")
+INPUTS = ("sequences", "action_mask", "action_log_probs", "rollout_log_probs", "values", "rewards")
+FIELDS = (*INPUTS, "advantages", "returns")
 
 
 def main(argv: list[str]) -> int:

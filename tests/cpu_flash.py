@@ -1,7 +1,4 @@
-"""A CPU stand-in for the flash-attn kernels, so that transformers' own flash path runs without a GPU.
-
-Only the two kernels are replaced; masks, unpadding, packing and options go through transformers unchanged.
-"""
+"""The package's CPU stand-in for flash-attn, and one for ring-flash-attn."""
 
 from __future__ import annotations
 
@@ -9,93 +6,40 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import transformers.modeling_flash_attention_utils as flash_utils
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from abc_plugin.recovery.cpu_flash import attend, cpu_flash, flash_utils, use_implementation
 
-def use_implementation(model: nn.Module, name: str) -> nn.Module:
-    """Set the attention implementation without transformers' check that flash-attn is installed."""
-    for part in model.modules():
-        if hasattr(getattr(part, "config", None), "_attn_implementation"):
-            part.config._attn_implementation = name
-    return model
+__all__ = ["cpu_flash", "cpu_ring_flash", "flash_utils", "use_implementation"]
 
 
 @contextmanager
-def cpu_flash() -> Iterator[list[str]]:
-    """Replace the kernels; yields the names of the kernels as they are called."""
-    called: list[str] = []
+def cpu_ring_flash(mask_BS: Tensor, group: dist.ProcessGroup) -> Iterator[None]:
+    """Replace the attention function as ring-flash-attn does: each process has its slice of the packed stream.
 
-    def flash_attn_func(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        dropout_p: float = 0.0,
-        softmax_scale: float | None = None,
-        causal: bool = False,
-        window_size: tuple[int, int] = (-1, -1),
-        softcap: float = 0.0,
-        s_aux: Tensor | None = None,
-    ) -> Tensor:
-        called.append("dense")
-        options = (softmax_scale, causal, window_size, softcap, s_aux)
-        return torch.stack([_attend(*sequence, *options) for sequence in zip(q, k, v, strict=True)])
+    Segments come from outside the call (here the mask, there ``update_ring_flash_attn_params``); padding at the end of
+    the stream belongs to the last sequence, as in OpenRLHF.
+    """
+    lengths = mask_BS.sum(1).tolist()
 
-    def flash_attn_varlen_func(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        dropout_p: float = 0.0,
-        softmax_scale: float | None = None,
-        causal: bool = False,
-        window_size: tuple[int, int] = (-1, -1),
-        softcap: float = 0.0,
-        s_aux: Tensor | None = None,
-    ) -> Tensor:
-        called.append("varlen")
-        lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
-        sequences = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
-        options = (softmax_scale, causal, window_size, softcap, s_aux)
-        return torch.cat([_attend(*sequence, *options) for sequence in sequences])
+    def everywhere(x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts, dim=2)[0].transpose(0, 1)
 
-    kernels = (flash_attn_func, flash_attn_varlen_func, None, flash_utils._pad_input, flash_utils._unpad_input)
-    options_of = flash_utils._lazy_define_process_function(flash_attn_varlen_func)
-    original = flash_utils.lazy_import_flash_attention
-    flash_utils.lazy_import_flash_attention = lambda implementation, *args, **kwargs: (kernels, options_of)
+    def ring_flash(module, query, key, value, attention_mask, *, scaling, sliding_window=None, s_aux=None, **kwargs):
+        local, rank = query.shape[2], dist.get_rank(group)
+        q, k, v = (everywhere(x) for x in (query, key, value))
+        parts = lengths[:-1] + [len(q) - sum(lengths[:-1])]
+        window = (-1, -1) if sliding_window is None else (sliding_window - 1, sliding_window - 1)
+        sequences = zip(q.split(parts), k.split(parts), v.split(parts), strict=True)
+        out = torch.cat([attend(*sequence, scaling, True, window, 0.0, s_aux) for sequence in sequences])
+        return out[rank * local :][:local][None], None
+
+    ALL_ATTENTION_FUNCTIONS["flash_attention_2"] = ring_flash
     try:
-        yield called
+        yield
     finally:
-        flash_utils.lazy_import_flash_attention = original
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None,
-    causal: bool,
-    window: tuple[int, int],
-    softcap: float,
-    sinks: Tensor | None,
-) -> Tensor:
-    """flash-attn's documented semantics for one sequence; q (Q, H, D), k and v (L, K, D), in fp32."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, dim=1).float() for x in (k, v))
-    logits_HQL = torch.einsum("qhd,khd->hqk", q.float(), k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if softcap:
-        logits_HQL = softcap * torch.tanh(logits_HQL / softcap)
-    distance_QL = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))
-    hidden_QL = (distance_QL < 0) if causal else torch.zeros_like(distance_QL, dtype=torch.bool)
-    if window[0] >= 0:
-        hidden_QL = hidden_QL | (distance_QL > window[0])
-    if window[1] >= 0:
-        hidden_QL = hidden_QL | (-distance_QL > window[1])
-    logits_HQL = logits_HQL.masked_fill(hidden_QL, float("-inf"))
-    if sinks is not None:
-        logits_HQL = torch.cat([logits_HQL, sinks.float().view(-1, 1, 1).expand(-1, len(q), 1)], dim=2)
-    weights_HQL = logits_HQL.softmax(dim=2)[..., : len(k)]
-    return torch.einsum("hqk,khd->qhd", weights_HQL, v).to(q.dtype)
+        del ALL_ATTENTION_FUNCTIONS["flash_attention_2"]

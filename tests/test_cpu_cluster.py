@@ -1,4 +1,4 @@
-"""What the CPU cluster changes, where, and that it leaves nothing behind; one run of the stock host on it."""
+"""What the CPU cluster changes, where, and that it leaves nothing behind; test_ray.py trains on it."""
 
 import ast
 import importlib
@@ -13,8 +13,6 @@ import psutil
 import pytest
 import torch
 from conftest import run_python
-from ray_support import ray_flags, run_ray
-from safetensors.torch import load_file
 
 from abc_plugin.errors import UserError
 from abc_plugin.host import cpu_cluster
@@ -98,7 +96,7 @@ def test_the_vllm_plugin_leaves_other_machines_alone(monkeypatch):
 
 def test_a_worker_finds_a_cpu_where_the_host_asks_for_cuda():
     said = python("""
-        import os, sys
+        import os, sys, types
         os.environ["ABC_RLHF_ON_CPU"] = "1"
         from abc_plugin.host import cpu_cluster
         cpu_cluster.vllm_plugin()
@@ -108,12 +106,14 @@ def test_a_worker_finds_a_cpu_where_the_host_asks_for_cuda():
         device = torch.cuda.current_device()
         print(torch.device(f"cuda:{device}"), torch.zeros(1, device=device).device)
         print(transformers.utils.is_flash_attn_2_available())
+        packages = ("flash_attn", "flash_attn.ops", "flash_attn.ops.triton")
+        sys.modules.update({name: types.ModuleType(name) for name in packages})
         try:
             import flash_attn.ops.triton.cross_entropy
-        except ImportError:
-            print("no Triton")
+        except ImportError as error:
+            print(error)
     """)
-    assert said[-3:] == ["cuda:0 cpu", "False", "no Triton"]
+    assert said[-3:-1] == ["cuda:0 cpu", "False"] and "None in sys.modules" in said[-1]
 
 
 @pytest.mark.parametrize(("kind", "params"), [("AdamW", {"lr": 1.0, "torch_adam": True}), ("Muon", {"lr": 1.0})])
@@ -199,42 +199,26 @@ import ray
 
 @ray.remote(num_gpus=1)
 class Worker:
-    def __del__(self):
-        time.sleep(60)  # as vLLM and gloo take their time
-
     def about(self):
-        import torch, deepspeed
+        import subprocess, torch, deepspeed
+        subprocess.Popen(["bash", "-c", "sleep 60 & wait"])  # as vLLM's engine has a worker, which Ray does not see
         return os.getpid(), ray.get_gpu_ids(), os.environ["DS_ACCELERATOR"], str(torch.cuda.current_device())
 
 workers = [Worker.remote() for _ in range(2)]
 for about in ray.get([worker.about.remote() for worker in workers]):
     print(*about)
 print("PIDS", os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True)))
-raise SystemExit("failed")
+sys.stdout.flush()
+os.kill(os.getpid(), 15)
+time.sleep(60)
 """
 
 
 @pytest.mark.slow
-def test_a_cluster_starts_and_leaves_nothing_when_its_driver_fails():
+def test_a_cluster_starts_and_leaves_nothing_when_its_driver_is_told_to_end():
     result = run_python("-c", CLUSTER)
-    assert "failed" in result.stderr and result.returncode == 1, result.stderr
+    assert result.returncode == 143, result.stderr
     *workers, pids = [line.split() for line in result.stdout.splitlines() if line.endswith("cpu") or "PIDS" in line]
     assert sorted(worker[1:] for worker in workers) == [["[0]", "cpu", "cpu"], ["[1]", "cpu", "cpu"]], result.stdout
     assert {worker[0] for worker in workers} < set(pids) and len(pids) > 5
     assert not [pid for pid in pids[1:] if psutil.pid_exists(int(pid))]
-
-
-@pytest.mark.slow
-def test_the_stock_host_trains_and_its_weights_reach_vllm(tiny, tmp_path):
-    changes = {"actor.adam.lr": 1e-2, "algo.advantage.is_correction_level": "token"}
-    run = run_ray("stock", tmp_path, ray_flags(tiny, tmp_path / "policy", **changes))
-    assert run.status == 0, run.log[-3000:]
-    assert len(run.steps) == 3
-    before, after = (load_file(one / "model.safetensors") for one in (tiny / "policy", tmp_path / "policy"))
-    assert all(not torch.equal(before[name], after[name]) for name in before)
-    # What vLLM sampled with is what DeepSpeed trains: without the sync they would differ by what two steps changed.
-    gaps = [
-        (one["rollout_log_probs"] - one["action_log_probs"])[one["action_mask"].bool()].abs().mean().item()
-        for one in run.steps[2]
-    ]
-    assert max(gaps) < 0.05, gaps

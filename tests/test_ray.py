@@ -133,12 +133,10 @@ def credit_by_sequence(step: list[dict]) -> dict[tuple, float]:
 def test_a_reward_server_gives_the_credit_of_the_model_on_the_cluster(tiny, tmp_path, abc):
     model = ["--reward.model_name_or_path", tiny / "reward_model", "--ds.attn_implementation", "eager"]
     words = [ray_python(), "-m", "abc_plugin", "serve-rm", *model, "--host", "127.0.0.1", "--port", "15791"]
-    with (
-        open(tmp_path / "server.log", "w") as log,
-        subprocess.Popen(words, stdout=log, stderr=log, cwd=CLONE) as server,
-    ):
+    said = tmp_path / "server.log"
+    with open(said, "w") as log, subprocess.Popen(words, stdout=log, stderr=log, cwd=CLONE) as server:
         try:
-            wait_for(lambda: "serving on" in (tmp_path / "server.log").read_text(), server, tmp_path / "server.log")
+            wait_for(lambda: "serving on" in said.read_text(), server, said)
             changes = {"reward.model_name_or_path": None, "reward.remote_url": "http://127.0.0.1:15791/get_reward"}
             changes |= {"critic.model_name_or_path": tiny / "reward_model"}
             finished = run("abc", tiny, tmp_path / "run", reward_shaping="abc", **changes)

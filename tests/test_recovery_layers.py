@@ -5,9 +5,10 @@ import warnings
 import pytest
 import torch
 from recovery_models import tiny
-from transformers import BloomConfig, BloomModel, FalconConfig, FalconModel, T5Config, T5Model
+from transformers import AlbertConfig, AlbertModel
 
 from abc_plugin.errors import UserError
+from abc_plugin.recovery.choose import RECOVERIES, attach
 from abc_plugin.recovery.layers import attention_layers, is_full, target_layer
 from abc_plugin.recovery.tap import AttentionTap
 
@@ -68,25 +69,49 @@ def test_holders_that_are_no_modules_are_looked_through():
         target_layer(Holder(), "last")
 
 
-SMALL = {"vocab_size": 32, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-BYPASSING = {
-    "FalconModel": lambda: FalconModel(FalconConfig(**SMALL)),
-    "BloomModel": lambda: BloomModel(BloomConfig(vocab_size=32, hidden_size=32, n_head=2, n_layer=2)),
+@pytest.mark.parametrize(("family", "name"), [("falcon", "FalconModel"), ("bloom", "BloomModel"), ("mpt", "MptModel")])
+def test_models_outside_the_attention_interface_are_refused_by_name(family, name):
+    with pytest.raises(UserError, match=f"{name} is not supported: .*; use a reward model such as llama"):
+        AttentionTap(tiny(family))
+
+
+REFUSED = {
+    "t5": "T5Model is an encoder-decoder, whose score has no single attention row",
+    "bart": "BartModel is an encoder-decoder",
+    "mamba2": "Mamba2Model is not supported: it has no attention module",
+    "longformer": "LongformerModel is not supported",
+    "diffllama": "DiffLlamaModel is not supported: its weights are the difference of two softmaxes",
+    "zamba2": "Zamba2Model is not supported: one attention module serves several layers",
 }
 
 
-@pytest.mark.parametrize("name", BYPASSING)
-def test_models_outside_the_attention_interface_are_refused_by_name(name):
-    with pytest.raises(UserError, match=f"{name} is not supported: .*; use a reward model such as llama"):
-        AttentionTap(BYPASSING[name]())
+@pytest.mark.parametrize("family", REFUSED)
+@pytest.mark.parametrize("recovery", RECOVERIES)
+def test_models_without_one_softmax_row_are_refused_by_name_in_every_way(family, recovery):
+    with pytest.raises(UserError, match=f"^{REFUSED[family]}.*; use a reward model such as llama"):
+        attach(tiny(family), recovery=recovery)
 
 
-def test_models_that_are_no_decoders_are_refused():
-    t5 = T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    with pytest.raises(UserError, match="T5Model"):
-        AttentionTap(T5Model(t5))
+def test_what_is_no_transformers_model_is_refused():
     with pytest.raises(UserError, match="Linear is not supported"):
-        AttentionTap(torch.nn.Linear(2, 2))
+        attach(torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match="AlbertModel is not supported"):
+        attach(AlbertModel(AlbertConfig(hidden_size=8, num_attention_heads=2, intermediate_size=8, embedding_size=8)))
+
+
+def test_a_layer_without_attention_is_refused_with_those_that_have_it():
+    model = tiny("jamba")
+    assert chosen(model, "last") == chosen(model, "last_full") == (1, 3)
+    for layer in ("0", "-1"):
+        with pytest.raises(UserError, match=rf"layer {layer} of JambaModel has no softmax attention; .*: \[1\]"):
+            target_layer(model, layer)
+
+
+def test_a_second_attention_module_in_a_layer_is_refused():
+    model = tiny()
+    model.layers[1].crossattention = type(model.layers[1].self_attn)(model.config, 1)
+    with pytest.raises(UserError, match="LlamaModel has two attention modules in layer 1; use a decoder-only"):
+        target_layer(model, "last")
 
 
 @pytest.mark.parametrize("implementation", ["flex_attention", "paged|flash_attention_2", "paged|sdpa", None])

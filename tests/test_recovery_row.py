@@ -8,8 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from abc_plugin.recovery.row import attention_row
-from abc_plugin.recovery.rows import score_positions
+from abc_plugin.recovery import row as row_module
+from abc_plugin.recovery.rows import first_positions, last_other_positions, row_positions, score_positions
+
+
+def attention_row(*args, **options):
+    return row_module.attention_row(*args, **options).mean(1)
+
 
 # Two heads, three tokens, width 2. Queries are (2, 7) everywhere and keys (ln x, 0), so that with scaling 0.5 the
 # softmax weights are proportional to x: head 0 has 1 : 2 : 5, head 1 has 3 : 1 : 4.
@@ -112,6 +117,35 @@ def test_score_position_is_the_last_one_of_the_mask(rows):
 def test_score_position_needs_two_dimensions(shape):
     with pytest.raises(ValueError, match="expected"):
         score_positions(torch.ones(shape))
+
+
+PAD, EOS = 0, 2
+IDS = {  # ids, their mask, last 1 of the mask, last id that is not PAD, the same where PAD is EOS, first 1
+    "right_padding": ([5, 6, EOS, PAD], [1, 1, 1, 0], 2, 2, 3, 0),
+    "left_padding": ([PAD, 5, 6, EOS], [0, 1, 1, 1], 3, 3, 2, 1),
+    "truncated": ([5, 6, 7, 8], [1, 1, 1, 1], 3, 3, 3, 0),
+    "end_inside": ([5, EOS, 7, EOS], [1, 1, 1, 1], 3, 3, 2, 0),
+    "only_the_end": ([EOS, PAD, PAD, PAD], [1, 0, 0, 0], 0, 0, 3, 0),
+    "padding_only": ([PAD, PAD, PAD, PAD], [0, 0, 0, 0], 3, 0, 3, 0),
+}
+
+
+@pytest.mark.parametrize(("ids", "mask", "last", "other", "other_than_end", "first"), IDS.values(), ids=IDS)
+def test_positions_by_each_rule(ids, mask, last, other, other_than_end, first):
+    ids, mask = torch.tensor([ids]), torch.tensor([mask])
+    assert row_positions("mask", mask, None, None).tolist() == [last]
+    assert row_positions("pad_token", mask, ids, PAD).tolist() == [other]
+    assert row_positions("pad_token", mask, ids, EOS).tolist() == [other_than_end]
+    assert row_positions("cls", mask, None, None).tolist() == [first]
+
+
+@given(masks)
+def test_other_rules_in_batches(rows):
+    mask = torch.tensor(rows)
+    assert first_positions(mask).tolist() == [row.index(1) if 1 in row else 0 for row in rows]
+    last_ones = [max((s for s, bit in enumerate(row) if bit), default=0) for row in rows]
+    assert last_other_positions(mask, 0).tolist() == last_ones  # the mask's digits as ids
+    assert last_other_positions(mask, None).tolist() == [mask.shape[1] - 1] * len(rows)
 
 
 @settings(max_examples=50, deadline=None)

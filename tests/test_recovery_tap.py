@@ -9,7 +9,7 @@ import torch
 from cpu_flash import cpu_flash, use_implementation
 from recovery_models import LEFT, RIGHT, inputs, tiny, tiny_reward_model
 from torch.testing import assert_close
-from transformers import AttentionInterface
+from transformers import AttentionInterface, BitsAndBytesConfig, LlamaForSequenceClassification, LlamaModel
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -17,6 +17,7 @@ from transformers.models.llama import modeling_llama
 
 from abc_plugin.errors import CreditError, UserError
 from abc_plugin.recovery.rerun import rerun_eager_row
+from abc_plugin.recovery.rows import score_positions
 from abc_plugin.recovery.tap import MARK, AttentionTap
 
 EAGER = modeling_llama.eager_attention_forward
@@ -42,8 +43,8 @@ def model():
 def attach():
     taps = []
 
-    def attach(model, layer="last_full"):
-        taps.append(AttentionTap(model, layer))
+    def attach(model, layer="last_full", **options):
+        taps.append(AttentionTap(model, layer, **options))
         return taps[-1]
 
     yield attach
@@ -366,27 +367,12 @@ FULL = torch.ones(1, 12, dtype=torch.long)
 
 @pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2", "eager"])
 @pytest.mark.parametrize("cache", [True, False])
-def test_packed_sequences_are_refused(model, attach, implementation, cache):
+def test_packed_sequences_recorded_with_a_mask_of_the_stream_are_refused(model, attach, implementation, cache):
     use_implementation(model, implementation)
     with cpu_flash(), torch.no_grad(), attach(model).record(FULL) as recording:
         model(use_cache=cache, **PACKED)
     with pytest.raises(CreditError, match="position_ids restart, so sequences are packed"):
         _ = recording.row_BS
-
-
-def test_packed_sequences_recorded_with_the_padded_mask_are_refused(model, attach):
-    message = r"ran on \(1, 12\) tokens, the recorded mask is \(3, 12\): packed"
-    with pytest.raises(CreditError, match=message), attach(model).record(RIGHT):
-        model(use_cache=False, **PACKED)
-
-
-def test_explicit_segment_lengths_are_refused(model, attach):
-    lengths = torch.tensor([0, 4, 12], dtype=torch.int32)
-    segments = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 8, "max_length_k": 8}
-    tap = attach(use_implementation(model, "flash_attention_2"))
-    message = "cu_seq_lens_q was passed, several sequences packed"
-    with pytest.raises(CreditError, match=message), cpu_flash(), tap.record(FULL):
-        model(input_ids=PACKED["input_ids"], **segments)
 
 
 def test_one_padded_sequence_is_not_taken_for_a_packed_one(model, attach):
@@ -406,17 +392,156 @@ def test_a_position_bias_is_refused(model, attach):
         model(attention_mask=RIGHT, position_bias=torch.zeros(3, 4, 12, 12), **FEED)
 
 
-@pytest.mark.parametrize("tap_first", [True, False])
-def test_a_model_compiled_before_or_after_the_tap_gives_the_row(attach, tap_first):
+def whole(model):
+    return torch.compile(model, backend="eager")
+
+
+def in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def layer_by_layer(model):
+    for layer in model.layers:
+        layer.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("compiled_as", "tap_first"), [(whole, True), (whole, False), (in_place, False), (layer_by_layer, False)]
+)
+def test_a_model_compiled_before_or_after_the_tap_gives_the_row(attach, tap_first, compiled_as):
     model = tiny(num_hidden_layers=1)
+    expected = {mask: expect(model, mask=mask) for mask in (RIGHT, LEFT)}
     torch.compiler.reset()
     tap = attach(model) if tap_first else None
-    compiled = torch.compile(model, backend="eager")
+    compiled = compiled_as(model)
     with torch.no_grad():
         compiled(attention_mask=RIGHT, **FEED)
         tap = tap or attach(model)
-        for mask in (RIGHT, LEFT):
+        for mask, row in expected.items():
             with tap.record(mask) as recording:
                 compiled(attention_mask=mask, **inputs(mask))
-            same(recording.row_BS, expect(model, mask=mask))
+            same(recording.row_BS, row)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "eager"])
+def test_rows_of_each_head(attach, family, implementation):
+    model = use_implementation(tiny(family), "eager")
+    weights = []
+    hook = model.layers[2].self_attn.register_forward_hook(lambda module, args, output: weights.append(output[1]))
+    with torch.no_grad():
+        model(attention_mask=LEFT, **inputs(LEFT))
+    hook.remove()
+    tap = attach(use_implementation(model, implementation), "last", per_head=True)
+    with cpu_flash(), torch.no_grad(), tap.record(LEFT) as recording:
+        model(attention_mask=LEFT, **inputs(LEFT))
+    same(recording.row_BHS, weights[0][:, :, -1])
+    assert recording.row_BHS.shape == (3, 4, 12)
+    assert torch.equal(recording.row_BS, recording.row_BHS.mean(1))
+
+
+def test_rows_of_heads_that_were_not_kept_are_refused(model, attach):
+    with torch.no_grad(), attach(model).record(RIGHT) as recording:
+        model(attention_mask=RIGHT, **FEED)
+    with pytest.raises(CreditError, match="rows of heads were not kept; attach AttentionTap"):
+        _ = recording.row_BHS
+
+
+@pytest.mark.parametrize("mask", [RIGHT, LEFT], ids=["right", "left"])
+def test_the_row_of_a_sequence_classifier_is_where_it_reads_its_score(attach, mask):
+    base = tiny(pad_token_id=0, eos_token_id=0)
+    torch.manual_seed(0)
+    classifier = LlamaForSequenceClassification(base.config)
+    classifier.num_labels, classifier.score = 1, torch.nn.Linear(32, 1, bias=False)
+    classifier.model = base
+    ids = inputs(mask)["input_ids"].clone()
+    ids.scatter_(1, score_positions(mask)[:, None], 0)  # each response ends in EOS, whose id is the padding's
+    tap = attach(classifier.eval(), row="pad_token")
+    with torch.no_grad(), tap.record(mask, ids) as recording:
+        score = classifier(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    position = score_positions(mask) - 1
+    hidden = score.hidden_states[-1][torch.arange(3), position]
+    assert_close(classifier.score(hidden), score.logits)
+    read = mask.scatter(1, score_positions(mask)[:, None], 0)
+    same(recording.row_BS, rerun_eager_row(base, "last_full", read, input_ids=ids))
+
+
+def test_the_row_of_an_encoder_is_that_of_its_first_token(attach):
+    model = tiny("bert")
+    weights = []
+    use_implementation(model, "eager")
+    hook = model.encoder.layer[2].attention.self.register_forward_hook(
+        lambda module, args, output: weights.append(output[1])
+    )
+    with torch.no_grad():
+        model(input_ids=FEED["input_ids"], attention_mask=RIGHT)
+    hook.remove()
+    for implementation in ("sdpa", "flash_attention_2", "eager"):
+        tap = attach(use_implementation(model, implementation), "last", row="cls")
+        with cpu_flash(), torch.no_grad(), tap.record(RIGHT) as recording:
+            model(input_ids=FEED["input_ids"], attention_mask=RIGHT)
+        tap.close()
+        same(recording.row_BS, weights[0][:, :, 0].mean(1))
+        assert torch.equal(recording.row_BS > 0, RIGHT.bool())  # also what comes later
+
+
+@pytest.mark.parametrize("ends", [{}, {8: 9}, {4: 2}, {4: 2, 8: 2}], ids=["as_is", "truncated", "inside", "both"])
+def test_the_row_is_at_the_masks_end_wherever_end_tokens_are(attach, ends):
+    model = tiny(pad_token_id=2, eos_token_id=2)
+    ids = FEED["input_ids"].masked_fill(RIGHT == 0, 2)
+    for position, token in ends.items():
+        ids[0, position] = token
+    with torch.no_grad(), attach(model).record(RIGHT) as recording:
+        model(attention_mask=RIGHT, **FEED | {"input_ids": ids})
+    assert recording.position_B.tolist() == [8, 4, 11]
+    same(recording.row_BS, expect(model, feed=FEED | {"input_ids": ids}))
+
+
+def test_an_unknown_row_is_refused(model):
+    with pytest.raises(UserError, match="row 'last' is none of mask, pad_token, cls"):
+        AttentionTap(model, row="last")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2", "eager"])
+def test_rows_that_are_not_finite_are_named(model, attach, implementation, value):
+    use_implementation(model, implementation)
+    with torch.no_grad():
+        model.embed_tokens.weight[63] = value
+    ids = FEED["input_ids"].masked_fill(FEED["input_ids"] == 63, 1)
+    ids[1, 2] = 63
+    with cpu_flash(), torch.no_grad(), attach(model).record(RIGHT) as recording:
+        model(attention_mask=RIGHT, **FEED | {"input_ids": ids})
+    with pytest.raises(CreditError, match=r"layer 2 of 3 .* the row of sequence 1 \(of 0 to 2\) is not finite"):
+        _ = recording.row_BS
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_a_model_whose_weights_are_fetched_layer_by_layer(model, attach, tmp_path, where):
+    accelerate = pytest.importorskip("accelerate")
+    expected = expect(model)
+    if where == "cpu":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    assert model.layers[2].self_attn.q_proj.weight.device.type == "meta"
+    same(run(attach(model), model), expected)
+
+
+@pytest.mark.parametrize("layer", ["last", "0"])
+def test_a_model_in_four_bits(attach, tmp_path, layer):
+    pytest.importorskip("bitsandbytes")
+    tiny(hidden_size=64, head_dim=16).save_pretrained(tmp_path)
+    model = LlamaModel.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    ).eval()
+    assert type(model.layers[2].self_attn.q_proj).__name__ == "Linear4bit"
+    for part in model.modules():
+        part.support_avx512bf16_for_cpu = False  # it would repack the weights of a copied model differently
+    expected = expect(model, layer)
+    same(run(attach(model, layer), model), expected)
+    unquantised = LlamaModel.from_pretrained(tmp_path).eval()
+    assert (expected - expect(unquantised, layer)).abs().max() > 1e-3

@@ -13,6 +13,7 @@ import importlib
 import importlib.abc
 import importlib.util
 import os
+import signal
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -64,10 +65,11 @@ def start(num_gpus: int = 8, environment: dict[str, Any] | None = None) -> None:
         runtime_env=environment or runtime_env(),
     )
     atexit.register(stop)
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # Ray's own would skip stop()
 
 
 def stop() -> None:
-    """End the Ray that ``start`` started and all its processes; called when this process ends, however it ends.
+    """End the Ray that ``start`` started and all its processes; called when this process ends (SIGKILL aside).
 
     Ray alone leaves its actors and vLLM's engine running for up to half a minute.
     """
@@ -78,7 +80,6 @@ def stop() -> None:
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    atexit.unregister(stop)
 
 
 @functools.cache

@@ -5,14 +5,12 @@ Only the two kernels are replaced; masks, unpadding, packing and options go thro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 import transformers.modeling_flash_attention_utils as flash_utils
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 def use_implementation(model: nn.Module, name: str) -> nn.Module:
@@ -41,7 +39,7 @@ def cpu_flash() -> Iterator[list[str]]:
     ) -> Tensor:
         called.append("dense")
         options = (softmax_scale, causal, window_size, softcap, s_aux)
-        return torch.stack([_attend(*sequence, *options) for sequence in zip(q, k, v, strict=True)])
+        return torch.stack([attend(*sequence, *options) for sequence in zip(q, k, v, strict=True)])
 
     def flash_attn_varlen_func(
         q: Tensor,
@@ -62,19 +60,26 @@ def cpu_flash() -> Iterator[list[str]]:
         lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
         sequences = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
         options = (softmax_scale, causal, window_size, softcap, s_aux)
-        return torch.cat([_attend(*sequence, *options) for sequence in sequences])
+        return torch.cat([attend(*sequence, *options) for sequence in sequences])
 
-    kernels = (flash_attn_func, flash_attn_varlen_func, None, flash_utils._pad_input, flash_utils._unpad_input)
-    options_of = flash_utils._lazy_define_process_function(flash_attn_varlen_func)
+    with flash_kernels(flash_attn_func, flash_attn_varlen_func):
+        yield called
+
+
+@contextmanager
+def flash_kernels(dense: Callable[..., Tensor], varlen: Callable[..., Tensor]) -> Iterator[None]:
+    """Let transformers' flash path call these two, of flash-attn's signatures; what they do not take is not passed."""
+    kernels = (dense, varlen, None, flash_utils._pad_input, flash_utils._unpad_input)
+    options_of = flash_utils._lazy_define_process_function(varlen)
     original = flash_utils.lazy_import_flash_attention
     flash_utils.lazy_import_flash_attention = lambda implementation, *args, **kwargs: (kernels, options_of)
     try:
-        yield called
+        yield
     finally:
         flash_utils.lazy_import_flash_attention = original
 
 
-def _attend(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -101,33 +106,3 @@ def _attend(
         logits_HQL = torch.cat([logits_HQL, sinks.float().view(-1, 1, 1).expand(-1, len(q), 1)], dim=2)
     weights_HQL = logits_HQL.softmax(dim=2)[..., : len(k)]
     return torch.einsum("hqk,khd->qhd", weights_HQL, v).to(q.dtype)
-
-
-@contextmanager
-def cpu_ring_flash(mask_BS: Tensor, group: dist.ProcessGroup) -> Iterator[None]:
-    """Replace the attention function as ring-flash-attn does: each process has its slice of the packed stream.
-
-    Segments come from outside the call (here the mask, there ``update_ring_flash_attn_params``); padding at the end of
-    the stream belongs to the last sequence, as in OpenRLHF.
-    """
-    lengths = mask_BS.sum(1).tolist()
-
-    def everywhere(x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, x.contiguous(), group=group)
-        return torch.cat(parts, dim=2)[0].transpose(0, 1)
-
-    def ring_flash(module, query, key, value, attention_mask, *, scaling, sliding_window=None, s_aux=None, **kwargs):
-        local, rank = query.shape[2], dist.get_rank(group)
-        q, k, v = (everywhere(x) for x in (query, key, value))
-        parts = lengths[:-1] + [len(q) - sum(lengths[:-1])]
-        window = (-1, -1) if sliding_window is None else (sliding_window - 1, sliding_window - 1)
-        sequences = zip(q.split(parts), k.split(parts), v.split(parts), strict=True)
-        out = torch.cat([_attend(*sequence, scaling, True, window, 0.0, s_aux) for sequence in sequences])
-        return out[rank * local :][:local][None], None
-
-    ALL_ATTENTION_FUNCTIONS["flash_attention_2"] = ring_flash
-    try:
-        yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS["flash_attention_2"]

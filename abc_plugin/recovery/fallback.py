@@ -17,7 +17,7 @@ class Fallback(MatrixReader):
     Interface and errors of ``tap.AttentionTap``, for the modules of ``layers.OUTSIDE``. Most of them know no other way
     than the full matrix, so that nothing is added; Falcon under sdpa gives up its kernel in this one layer, and its
     score may differ from the stock one by rounding.
-    In train mode the weights are those after dropout: refused with CreditError where the model has been switched to it.
+    In train mode the weights are those after dropout: CreditError where the model has been switched to it.
     """
 
     how = "read from its own weights"

@@ -1,7 +1,8 @@
-"""Tiny random models of many families, and where each one's row must be exact: the data of ``abc-rlhf bench parity``."""
+"""Tiny random models of many families, and where each row must be exact: the data of ``abc-rlhf bench parity``."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,7 +68,7 @@ ALL, NO_SDPA, ONLY_EAGER = (SDPA, FLASH, EAGER), (FLASH, EAGER), (EAGER,)
 
 @dataclass(frozen=True)
 class Family:
-    """A model type of transformers, what it changes in COMMON, and the implementations where it is exact or refused."""
+    """A model type of transformers, its changes to COMMON, and the implementations where it is exact or refused."""
 
     model_type: str
     changes: dict[str, Any] = field(default_factory=dict)
@@ -82,7 +83,12 @@ FAMILIES: dict[str, Family] = {
     "llama": Family("llama", what="grouped queries"),
     "llama_no_gqa": Family("llama", {"num_key_value_heads": 4}, what="one key head per query head"),
     "llama_one_key_head": Family("llama", {"num_key_value_heads": 1}, what="one key head"),
-    "llama4": Family("llama4_text", {"attention_chunk_size": WINDOW, "layer_types": ["chunked_attention", "full_attention", "chunked_attention"]}, (SDPA, EAGER), what="last layer chunked"),
+    "llama4": Family(
+        "llama4_text",
+        {"attention_chunk_size": WINDOW, "layer_types": ["chunked_attention", "full_attention", "chunked_attention"]},
+        (SDPA, EAGER),
+        what="last layer chunked",
+    ),
     "qwen2": Family("qwen2"),
     "qwen2_window": Family("qwen2", {"use_sliding_window": True, "max_window_layers": 1, **SLIDES}, what="window"),
     "qwen2_moe": Family("qwen2_moe"),
@@ -97,10 +103,38 @@ FAMILIES: dict[str, Family] = {
     "mistral4": Family("mistral4", {**LATENT, "head_dim": 16}, what="latent attention"),
     "mixtral": Family("mixtral", {"sliding_window": None}),
     "gemma": Family("gemma"),
-    "gemma2": Family("gemma2", {"attn_logit_softcapping": 2.0, **SLIDES}, NO_SDPA, (SDPA,), "softcap, window"),
-    "gemma3": Family("gemma3_text", ENDS_SLIDING, what="last layer sliding"),
-    "gemma4": Family("gemma4_text", {"initializer_range": 0.05, "global_head_dim": 8, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, **ENDS_SLIDING}, what="window"),
-    "gemma3n": Family("gemma3n_text", {"num_kv_shared_layers": 0, "laurel_rank": 4, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, **ENDS_SLIDING}, what="last layer sliding"),
+    "gemma2": Family(
+        "gemma2",
+        {"query_pre_attn_scalar": 1, "attn_logit_softcapping": 2.0, **SLIDES},
+        NO_SDPA,
+        (SDPA,),
+        "softcap, window",
+    ),
+    "gemma3": Family("gemma3_text", {"query_pre_attn_scalar": 4, **ENDS_SLIDING}, what="last layer sliding"),
+    "gemma4": Family(
+        "gemma4_text",
+        {
+            "initializer_range": 0.05,
+            "head_dim": 4,
+            "global_head_dim": 4,
+            "vocab_size_per_layer_input": 64,
+            "hidden_size_per_layer_input": 8,
+            **ENDS_SLIDING,
+        },
+        what="window",
+    ),
+    "gemma3n": Family(
+        "gemma3n_text",
+        {
+            "num_kv_shared_layers": 0,
+            "head_dim": 4,
+            "laurel_rank": 4,
+            "vocab_size_per_layer_input": 64,
+            "hidden_size_per_layer_input": 8,
+            **ENDS_SLIDING,
+        },
+        what="last layer sliding",
+    ),
     "phi": Family("phi"),
     "phi3": Family("phi3", what="also Phi-4"),
     "phimoe": Family("phimoe"),
@@ -139,16 +173,24 @@ FAMILIES: dict[str, Family] = {
         what="last layer experts",
     ),
     "falcon_h1": Family("falcon_h1", {"mamba_d_ssm": 64, **MAMBA}, what="beside Mamba"),
-    "lfm2": Family("lfm2", {"layer_types": ["full_attention", "full_attention", "conv"]}, what="last layer convolution"),
+    "lfm2": Family(
+        "lfm2", {"layer_types": ["full_attention", "full_attention", "conv"]}, what="last layer convolution"
+    ),
     "jamba": Family("jamba", {"attn_layer_period": 3, "attn_layer_offset": 1, **MAMBA}, what="last layer Mamba"),
     "bamba": Family("bamba", {"attn_layer_indices": [0, 1], **MAMBA}, what="last layer Mamba"),
     "gpt_oss": Family("gpt_oss", SLIDES, NO_SDPA, what="sinks, window"),
-    "mimo_v2_flash": Family("mimo_v2_flash", {"v_head_dim": 8, **ENDS_SLIDING}, NO_SDPA, what="sinks, last layer sliding"),
-    "gpt2": Family("gpt2", exact=(SDPA, EAGER), only_bf16=(FLASH,)),  # in fp32 flash needs a torch Linear, gpt2 has none
+    "mimo_v2_flash": Family(
+        "mimo_v2_flash", {"v_head_dim": 8, **ENDS_SLIDING}, NO_SDPA, what="sinks, last layer sliding"
+    ),
+    "gpt2": Family(
+        "gpt2", exact=(SDPA, EAGER), only_bf16=(FLASH,)
+    ),  # in fp32 flash needs a torch Linear, gpt2 has none
     "gpt_bigcode": Family("gpt_bigcode"),
     "gpt_neox": Family("gpt_neox"),
     "opt": Family("opt", {"word_embed_proj_dim": 32, "ffn_dim": 48}),
-    "modernbert": Family("modernbert", {"local_attention": 4, "global_attn_every_n_layers": 2}, what="encoder, window"),
+    "modernbert": Family(
+        "modernbert", {"local_attention": 4, "global_attn_every_n_layers": 2}, what="encoder, window"
+    ),
     "bert": Family("bert", what="encoder"),
     "roberta": Family("roberta", {"max_position_embeddings": 80}, what="encoder"),
     "eurobert": Family("eurobert", what="encoder"),
@@ -161,7 +203,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "bloom": Family("bloom", exact=ONLY_EAGER, what="alibi"),
     "mpt": Family("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 3}, ONLY_EAGER, what="alibi"),
-    "falcon": Family("falcon", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}, (SDPA, EAGER), without=("head_dim",)),
+    "falcon": Family(
+        "falcon",
+        {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
+        (SDPA, EAGER),
+        without=("head_dim",),
+    ),
     "falcon_rw": Family("falcon", {"alibi": True, "multi_query": False}, (), (SDPA, EAGER), "alibi", ("head_dim",)),
     "gptj": Family("gptj", {"rotary_dim": 4, "n_inner": 48}, ONLY_EAGER),
     "gpt_neo": Family(
@@ -169,11 +216,19 @@ FAMILIES: dict[str, Family] = {
     ),
     "codegen": Family("codegen", {"rotary_dim": 4, "n_inner": 48}, ONLY_EAGER),
     "diffllama": Family("diffllama", exact=(), refused=ALL, what="difference of two softmaxes"),
-    "zamba2": Family("zamba2", {"layers_block_type": ["linear_attention", "hybrid", "linear_attention"], **MAMBA}, (), ALL, "shared layer"),
+    "zamba2": Family(
+        "zamba2",
+        {"layers_block_type": ["linear_attention", "hybrid", "linear_attention"], **MAMBA},
+        (),
+        ALL,
+        "shared layer",
+    ),
     "mamba2": Family("mamba2", {"num_heads": 4, "head_dim": 16, "n_groups": 1}, (), ONLY_EAGER, "no attention"),
     "xlnet": Family("xlnet", {"d_head": 8}, (), ONLY_EAGER, "two streams", ("max_position_embeddings",)),
     "longformer": Family("longformer", {"attention_window": 4}, (), ONLY_EAGER, "sparse attention"),
-    "t5": Family("t5", {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}, (), ALL, "encoder-decoder"),
+    "t5": Family(
+        "t5", {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}, (), ALL, "encoder-decoder"
+    ),
     "bart": Family("bart", {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}, (), ALL, "encoder-decoder"),
 }
 
@@ -183,7 +238,8 @@ def tiny(family: str = "llama", **changes: object) -> nn.Module:
     entry = FAMILIES.get(family, Family(family))
     torch.manual_seed(0)
     common = {name: value for name, value in COMMON.items() if name not in entry.without}
-    config = AutoConfig.for_model(entry.model_type, **{**common, **entry.changes, **changes})
+    settings = copy.deepcopy({**common, **entry.changes, **changes})  # some configurations change the lists they get
+    config = AutoConfig.for_model(entry.model_type, **settings)
     model = AutoModel.from_config(config, attn_implementation=SDPA if SDPA in entry.exact else EAGER)
     with torch.no_grad():  # some families start sinks and biases at 0
         for parameter in model.parameters():

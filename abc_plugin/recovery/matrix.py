@@ -31,7 +31,8 @@ class MatrixReader(ABC):
         if row not in ROWS:
             raise UserError(f"row {row!r} is none of {', '.join(ROWS)}")
         self.module, self.layer_index, self.num_layers = target_layer(model, layer, outside=True)
-        self.model_name, self.config = model_name(model), pretrained(model).config
+        self.model_name = model_name(model)
+        self.config = getattr(self.module, "config", None) or pretrained(model).config.get_text_config()
         self.per_head, self.row = per_head, row
         self.recording: MatrixRecording | None = None
         self._check_support()
@@ -66,7 +67,9 @@ class MatrixReader(ABC):
             raise CreditError(f"{self.describe()}: recording already; leave the first record() block before the next")
         if ring_group is not None or head_group is not None:
             raise CreditError(f"{self.describe()}: reads whole sequences and all heads; no ring or tensor parallelism")
-        position_B = row_positions(self.row, attention_mask_BS, input_ids_BS, self.config.pad_token_id)
+        self._check_support()  # the implementation may have been changed since
+        pad_token_id = getattr(self.config, "pad_token_id", None)
+        position_B = row_positions(self.row, attention_mask_BS, input_ids_BS, pad_token_id)
         recording = MatrixRecording(attention_mask_BS, position_B, self.describe(), per_head=self.per_head)
         self.recording = recording
         try:
@@ -125,13 +128,19 @@ class MatrixRecording(Recording):
     def keep_weights(self, weights_BHSS: Tensor) -> None:
         """Take the row at the positions; that of a sequence of padding only is zero."""
         self.fired += 1
-        row_BHS = own_row(weights_BHSS, self.position_B.to(weights_BHSS.device))
+        tokens, keys = self._mask_BS.shape[1], weights_BHSS.shape[3]
+        if keys != tokens:
+            raise CreditError(
+                f"{self._about}: {keys} keys for {tokens} tokens: a cache; run whole sequences without it"
+            )
+        row_BHS = own_row(weights_BHSS, self.position_B)
         self._keep(row_BHS * self._mask_BS.any(1).to(row_BHS)[:, None, None], None)
 
 
 def own_row(weights_BHSS: Tensor, position_B: Tensor) -> Tensor:
     """weights[b,h,position[b],s], fp32 (B, H, S)."""
-    return weights_BHSS[torch.arange(len(position_B)), :, position_B].float()
+    place_B = torch.arange(len(position_B), device=weights_BHSS.device)
+    return weights_BHSS[place_B, :, position_B.to(weights_BHSS.device)].float()
 
 
 def named_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -161,8 +170,9 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-
 def check_outside(module: nn.Module, config: Any, model: str) -> None:
     """UserError where a module's own eager attention is not the model's: Falcon's alibi (measured: 0.16 off sdpa)."""
     if type(module).__name__ == "FalconAttention" and config.alibi:
-        raise UserError(f"{model} with alibi is not supported: transformers counts its alibi twice in eager attention; {REMEDY}")
+        raise UserError(
+            f"{model} with alibi is not supported: transformers counts its alibi twice in eager attention; {REMEDY}"
+        )

@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 from abc_plugin.recovery.parallel import place, sum_over
 from abc_plugin.recovery.row import fp32_product, softmax_row, visible_and_bias, visible_keys
 
+MISMATCH = "{} do not begin where the recorded mask's sequences begin"
 Fault = tuple[Tensor, str]  # (bool on the device, what it means when true): read later, so that no forward waits
 
 
@@ -30,11 +31,10 @@ class Packing:
         self.real_L = stream_L < end_B[-1]
         self.sequence_L = torch.searchsorted(end_B, stream_L, right=True).clamp(max=len(end_B) - 1)
         self.offset_L = stream_L - (end_B - length_B)[self.sequence_L]
+        self.starts_L = self.offset_L == 0
         index_BS = (mask_BS.flatten().cumsum(0).view_as(mask_BS) - 1).clamp(min=0) - self.first
         self.here_BS = mask_BS & (index_BS >= 0) & (index_BS < tokens)
-        self.index_BS = index_BS.clamp(
-            0, tokens - 1
-        )  # of a token among this process's; arbitrary where it is not here
+        self.index_BS = index_BS.clamp(0, tokens - 1)  # among this process's tokens; arbitrary where it is not here
         self.query_B = self.index_BS.gather(1, position_B[:, None]).squeeze(1)
         self.asks_B = self.here_BS.gather(1, position_B[:, None]).squeeze(1)  # whose query is on this process
         self.several = (length_B > 0).sum() > 1
@@ -84,33 +84,52 @@ def _to_sequences(row_BHT: Tensor | None, packing: Packing) -> Tensor | None:
     return row_BHT.gather(2, packing.index_BS[:, None].expand(-1, row_BHT.shape[1], -1))
 
 
-def packing_faults(packing: Packing, mask: Tensor | None, options: dict[str, Any], splits: bool) -> list[Fault]:
-    """What would make a packed row wrong.
-
-    splits: whether the attention function tells sequences apart by ``cu_seq_lens_k`` or ``position_ids`` where it is
-    given no mask, as flash attention does and sdpa does not.
-    """
+def packing_faults(packing: Packing, mask: Tensor | None, options: dict[str, Any], is_flash: bool) -> list[Fault]:
+    """What would make a packed row wrong: flash attention tells sequences apart by its options, others by the mask."""
     unread_B = packing.mask_BS.any(1) & ~packing.mask_BS.gather(1, packing.position_B[:, None]).squeeze(1)
     faults = [(unread_B.any(), "the row asked for is that of a padding token, which packing leaves out")]
-    bounds, positions = options.get("cu_seq_lens_k"), options.get("position_ids")
-    starts_L = packing.offset_L == 0
+    positions = options.get("position_ids")
+    if positions is not None and positions.shape != (1, len(packing.starts_L)):
+        positions = None
+    if packing.ring_group is not None:
+        return faults + _ring_faults(packing, mask, positions, is_flash)
     if mask is not None and mask.ndim == 4:
-        faults.append((_leaks(mask, packing), "its mask lets a token see other sequences"))
-        if _fits(positions, starts_L):
-            faults.append(((_restarts(positions) & ~starts_L).any(), _MISMATCH.format("position_ids")))
-    elif mask is None and splits and packing.ring_group is not None:
-        if _fits(positions, starts_L):
-            moved_L = _restarts(positions) != starts_L
-            moved_L[0] = positions[0, 0] != packing.offset_L[0]  # a slice may begin in the middle of a sequence
-            faults.append(((moved_L & packing.real_L).any(), _MISMATCH.format("position_ids")))
-    elif mask is None and splits and bounds is not None:
-        begins_L = torch.zeros(len(starts_L) + 1, dtype=torch.bool, device=starts_L.device)
-        begins_L[bounds.long().clamp(0, len(starts_L))] = True
-        faults.append(((begins_L[:-1] != starts_L).any(), _MISMATCH.format("cu_seq_lens_k")))
-    elif mask is None and splits and _fits(positions, starts_L):
-        faults.append((((positions[0] == positions.min()) != starts_L).any(), _MISMATCH.format("position_ids")))
-    else:
-        faults.append((packing.several, "nothing tells its attention where one ends and the next begins"))
+        return faults + _mask_faults(packing, mask, positions)
+    return faults + _flash_faults(packing, mask, options.get("cu_seq_lens_k"), positions, is_flash)
+
+
+def _flash_faults(
+    packing: Packing, mask: Tensor | None, bounds: Tensor | None, positions_1L: Tensor | None, is_flash: bool
+) -> list[Fault]:
+    """Flash attention without a mask goes by the bounds, else by where positions are at their lowest."""
+    if not is_flash or mask is not None or (bounds is None and positions_1L is None):
+        return [(packing.several, "nothing tells its attention where one ends and the next begins")]
+    if bounds is None:
+        begins_L = positions_1L[0] == positions_1L.min()
+        return [((begins_L != packing.starts_L).any(), MISMATCH.format("position_ids"))]
+    tokens = len(packing.starts_L)
+    begins_L = torch.zeros(tokens + 1, dtype=torch.bool, device=packing.starts_L.device)
+    begins_L[bounds.long().clamp(0, tokens)] = True
+    return [((begins_L[:-1] != packing.starts_L).any(), MISMATCH.format("cu_seq_lens_k"))]
+
+
+def _ring_faults(packing: Packing, mask: Tensor | None, positions_1L: Tensor | None, is_flash: bool) -> list[Fault]:
+    """A ring's flash attention has its bounds from elsewhere; positions, where it passes them, must agree."""
+    if not is_flash or mask is not None:
+        return [(torch.ones(()), "in a ring its attention must be flash attention without a mask")]
+    if positions_1L is None:
+        return []
+    moved_L = _restarts(positions_1L) != packing.starts_L
+    moved_L[0] = positions_1L[0, 0] != packing.offset_L[0]  # a slice may begin in the middle of a sequence
+    return [((moved_L & packing.real_L).any(), MISMATCH.format("position_ids"))]
+
+
+def _mask_faults(packing: Packing, mask_11TT: Tensor, positions_1L: Tensor | None) -> list[Fault]:
+    """A four-dimensional mask is what ran; positions, where they restart at all, must agree."""
+    faults = [(_leaks(mask_11TT, packing), "its mask lets a token see other sequences")]
+    if positions_1L is not None:
+        split_L = _restarts(positions_1L) & ~packing.starts_L
+        faults.append((split_L.any(), MISMATCH.format("position_ids")))
     return faults
 
 
@@ -127,13 +146,6 @@ def _leaks(mask_11TT: Tensor, packing: Packing) -> Tensor:
     before_L = place_L - packing.offset_L - 1  # -1 in the first sequence
     sees_HL, _ = visible_and_bias(mask_11TT[0][:, place_L, before_L.clamp(min=0)])
     return leaks_BH.any() | (sees_HL & (before_L >= 0)).any()
-
-
-_MISMATCH = "{} do not begin where the recorded mask's sequences begin"
-
-
-def _fits(positions: Tensor | None, starts_L: Tensor) -> bool:
-    return positions is not None and positions.shape == (1, len(starts_L))
 
 
 def _restarts(positions_1L: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from abc_plugin.errors import CreditError, UserError
-from abc_plugin.recovery.attach import attach
+from abc_plugin.recovery.choose import attach
 from abc_plugin.recovery.cpu_flash import cpu_flash, use_implementation
 from abc_plugin.recovery.families import ALL, COMMON, FAMILIES, tiny
 from abc_plugin.recovery.rerun import rerun_eager_rows
@@ -33,6 +33,7 @@ PADDED = torch.cat([RIGHT, LEFT, ONE])
 # In bf16 two kernels' rounding makes the layers' inputs differ, whatever reads the row. Large weights blow that up,
 # and a router turns it into another expert, so weights are smaller and every token goes to all experts.
 TAME = {"initializer_range": 0.1, "num_experts_per_tok": 4}
+HEADS = ("family", "special", "read by", *ALL, "eager re-run", "bf16")
 HOW = {"AttentionTap": "tap", "Fallback": "fallback"}
 
 
@@ -51,21 +52,36 @@ class Parity:
     def faults(self) -> list[str]:
         """What is not as the family's entry says, in words."""
         entry = FAMILIES[self.family]
-        found = [f"{name} was to be exact, and is refused: {self.refused[name]}" for name in entry.exact if name in self.refused]
+        found = [
+            f"{name} was to be exact, and is refused: {self.refused[name]}"
+            for name in entry.exact
+            if name in self.refused
+        ]
         found += [f"{name} was to be refused, and is not" for name in entry.refused if name not in self.refused]
-        for kind, errors, limit in (("fp32", self.fp32, FP32), ("eager re-run", self.rerun, FP32), ("bf16", self.bf16, BF16)):
-            found += [f"{kind} under {name} is off by {error:.1e}" for name, error in errors.items() if not error <= limit]
+        for kind, errors, limit in (
+            ("fp32", self.fp32, FP32),
+            ("eager re-run", self.rerun, FP32),
+            ("bf16", self.bf16, BF16),
+        ):
+            found += [
+                f"{kind} under {name} is off by {error:.1e}" for name, error in errors.items() if not error <= limit
+            ]
         return found
 
 
-def inputs(model: nn.Module, mask_BS: Tensor) -> dict[str, Tensor]:
-    """Random ids, and the position_ids that OpenRLHF derives from the mask, where the model takes any."""
+def inputs(mask_BS: Tensor) -> dict[str, Tensor]:
+    """Random ids, and the position_ids that OpenRLHF derives from the mask."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1, COMMON["vocab_size"], mask_BS.shape, generator=generator) * mask_BS
     positions = (mask_BS.cumsum(-1) - 1).masked_fill(mask_BS == 0, 1)
-    takes = inspect.signature(type(model).forward).parameters
-    opt = type(model).__name__ == "OPTModel"  # it counts positions by the mask itself
-    return {"input_ids": ids} | ({"position_ids": positions} if "position_ids" in takes and not opt else {})
+    return {"input_ids": ids, "position_ids": positions}
+
+
+def feed_of(model: nn.Module, mask_BS: Tensor) -> dict[str, Tensor]:
+    """Those of the inputs that the model takes; OPT counts positions by the mask itself."""
+    takes = set(inspect.signature(type(model).forward).parameters)
+    takes -= {"position_ids"} if type(model).__name__ == "OPTModel" else set()
+    return {name: value for name, value in inputs(mask_BS).items() if name in takes}
 
 
 def recovered(model: nn.Module, layer: str, recovery: str, mask_BS: Tensor, **feed: Tensor) -> tuple[Tensor, str]:
@@ -88,7 +104,8 @@ def check(family: str) -> Parity:
         except (UserError, CreditError) as refusal:
             found.refused[name] = str(refusal)
     for name in entry.exact + entry.only_bf16:
-        found.bf16[name], _ = largest(use_implementation(half, name), "auto", distance, [RIGHT])
+        if name not in found.refused:
+            found.bf16[name], _ = largest(use_implementation(half, name), "auto", distance, [RIGHT])
     return found
 
 
@@ -98,7 +115,7 @@ def largest(
     """(largest error over layers and masks, name of the class that recovered the rows)."""
     worst, how = 0.0, ""
     for mask_BS in masks:
-        feed = inputs(model, mask_BS)
+        feed = feed_of(model, mask_BS)
         for layer, expected_BS in rerun_eager_rows(model, mask_BS, **feed).items():
             with cpu_flash() as kernels:
                 row_BS, how = recovered(model, str(layer), recovery, mask_BS, **feed)
@@ -120,31 +137,33 @@ def distance(row_BS: Tensor, expected_BS: Tensor) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table as markdown, then the refusals; 0 if every family is as its entry says, else 1."""
+    """Print the table as markdown while it is made, then the refusals; 0 if every family is as its entry says."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    print("| " + " | ".join(HEADS) + " |\n" + "|---" * len(HEADS) + "|")
+    results = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of models in which every layer has a window
-        results = [check(family) for family in FAMILIES]
-    print("\n".join(table(results)))
+        for family in FAMILIES:
+            results.append(check(family))
+            print(line(results[-1]), flush=True)
+    print("\nRefused:\n")
+    for result in results:
+        if result.refused:
+            print(f"- {result.family} under {', '.join(result.refused)}: {next(iter(result.refused.values()))}")
+    print(f"\n{sum(bool(result.fp32) for result in results)} of {len(results)} families are read")
     faults = [f"{result.family}: {fault}" for result in results for fault in result.faults]
-    print(f"\n{len(results)} families, {sum(not result.refused for result in results)} exact in all they support")
-    print("\n".join(faults), file=sys.stderr)
+    for fault in faults:
+        print(fault, file=sys.stderr)
     return 1 if faults else 0
 
 
-def table(results: list[Parity]) -> list[str]:
-    """Markdown: one row per family, then one line per reason of refusal."""
-    heads = ("family", "special", "read by", "sdpa", "flash", "eager", "eager re-run", "bf16")
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for result in results:
-        entry = FAMILIES[result.family]
-        cells = [result.family, entry.what, HOW.get(result.how, "refused")]
-        cells += ["refused" if name in result.refused else _number(result.fp32.get(name)) for name in ALL]
-        cells += [_number(max(errors.values(), default=None)) for errors in (result.rerun, result.bf16)]
-        lines.append("| " + " | ".join(cells) + " |")
-    reasons = [f"- {result.family} under {', '.join(result.refused)}: {next(iter(result.refused.values()))}" for result in results if result.refused]
-    return [*lines, "", "Refused:", "", *reasons]
+def line(result: Parity) -> str:
+    """The family's row of the table; errors are the largest, a dash stands for what does not exist."""
+    cells = [result.family, FAMILIES[result.family].what, HOW.get(result.how, "refused")]
+    cells += ["refused" if name in result.refused else _number(result.fp32.get(name)) for name in ALL]
+    cells += [_number(max(errors.values(), default=None)) for errors in (result.rerun, result.bf16)]
+    return "| " + " | ".join(cells) + " |"
 
 
 def _number(error: float | None) -> str:
-    return "–" if error is None else f"{error:.0e}"
+    return "–" if error is None else f"{error:.1e}"

@@ -100,7 +100,7 @@ class Recording:
         heeded = {"scaling": options.get("scaling"), "mask": mask, **_heeded(module, options)}
         if self._is_packed(query_BHSD, options):
             packing = Packing(mask_BS, position_B, query_BHSD.shape[2], self._ring_group)
-            faults = packing_faults(packing, mask, options, splits=_is_flash(module))
+            faults = packing_faults(packing, mask, options, _is_flash(module))
             self._faults = [(wrong, f"packed sequences, but {meaning}; {PACKING}") for wrong, meaning in faults]
             row_BHS = packed_row(packing, query_BHSD, key_BKSD, **heeded)
         else:
@@ -139,10 +139,11 @@ class Recording:
         tokens = -(-real // ranks)  # rounded up: the host pads the stream to a multiple of the ring
         if ran_BS == (1, tokens):
             return True
+        ran = f"{ran_BS} tokens{' with cu_seq_lens_k' if bounded else ''}"
         raise CreditError(
-            f"{self._about}: the model ran on {ran_BS} tokens{' with cu_seq_lens_k' if bounded else ''}; a recorded mask "
-            f"of {tuple(self._mask_BS.shape)} means that or, packed, (1, {tokens}) on each of {ranks} processes; record "
-            "with the padded batch's mask, and with ring_group where a ring is used"
+            f"{self._about}: the model ran on {ran}; a recorded mask of {tuple(self._mask_BS.shape)} means that or, "
+            f"packed, (1, {tokens}) on each of {ranks} processes; record with the padded batch's mask, and with "
+            "ring_group where a ring is used"
         )
 
 

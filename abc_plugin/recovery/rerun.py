@@ -83,7 +83,9 @@ class EagerRerun(MatrixReader):
         for name in CACHES:
             cache = arguments.get(name)
             if cache is not None and cache.get_seq_length(self.layer_index) > arguments["hidden_states"].shape[1]:
-                raise CreditError(f"{self.describe()}: keys from an earlier forward; run whole sequences, no cache")
+                raise CreditError(
+                    f"{self.describe()}: keys of an earlier forward: a cache; run whole sequences without it"
+                )
         changes = {name: None for name in CACHES if name in arguments}  # or its keys would enter the cache twice
         if reaches(module) and self.implementation != "eager":
             changes["attention_mask"] = _eager_mask(module, arguments)

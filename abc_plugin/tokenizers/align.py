@@ -31,9 +31,9 @@ def token_spans(tokenizer: Any, ids: list[int]) -> tuple[str, Tensor]:
 
     text == tokenizer.decode(ids, skip_special_tokens=False); spans_S2 is float64 on the CPU. Nothing is encoded again,
     so sampled ids, which are seldom those that encoding the text would give, are right. Spans do not decrease and,
-    joined, cover the text. A token that is not seen in the text (an id outside the vocabulary, a leading space that sentencepiece drops, a space
-    that clean_up_tokenization_spaces drops) has an empty span at its place. Bytes that are no UTF-8 are U+FFFD in the
-    text and belong to the tokens that hold them.
+    joined, cover the text. A token that is not seen in the text (an id outside the vocabulary, a leading space that
+    sentencepiece drops, a space that clean_up_tokenization_spaces drops) has an empty span at its place. Bytes that
+    are no UTF-8 are U+FFFD in the text and belong to the tokens that hold them.
 
     tokenizer: of transformers; byte-level BPE, sentencepiece BPE and unigram with or without byte fallback, WordPiece.
     Raises UserError where the tokens, put together by these rules, are not the decoded text; never shifted spans.
@@ -41,15 +41,14 @@ def token_spans(tokenizer: Any, ids: list[int]) -> tuple[str, Tensor]:
     reader = _READERS.get(tokenizer)
     if reader is None:
         reader = _READERS[tokenizer] = _Reader(tokenizer)
-    pieces = [reader[token] for token in ids]
+    ids = [int(index) for index in ids]
+    pieces = reader.pieces(ids)
     raw = b"".join(pieces)
-    if reader.byte_fallback and not _is_utf8(raw):
-        pieces = _replaced_runs(pieces, [reader.is_byte[token] for token in ids])
-        raw = b"".join(pieces)
     bounds = np.zeros(len(ids) + 1, np.int64)
     np.cumsum([len(piece) for piece in pieces], out=bounds[1:])
     text = tokenizer.decode(ids, skip_special_tokens=False) if ids else ""
-    position = _seen(raw.decode("utf-8", "replace"), text, _character_positions(raw))
+    compared = text.encode("utf-8", "replace").decode()  # as in the pieces, "?" for half of a surrogate pair
+    position = _seen(raw.decode("utf-8", "replace"), compared, _character_positions(raw))
     if position is None:
         raise UserError(
             f"the tokens of {_name(tokenizer)} cannot be aligned with the text they decode to ({text[:40]!r}…): use a "
@@ -144,7 +143,7 @@ class _Reader(dict[int, bytes]):
         self._join = _joiner(tokenizer, backend)
 
     def __missing__(self, index: int) -> bytes:
-        token = self._token(int(index))
+        token = self._token(index)
         byte = BYTE_TOKEN.fullmatch(token or "") if self.byte_fallback else None
         self.is_byte[index] = byte is not None
         if token is None:
@@ -157,6 +156,19 @@ class _Reader(dict[int, bytes]):
             piece = self._between(token).encode("utf-8", "replace")
         self[index] = piece
         return piece
+
+    def pieces(self, ids: list[int]) -> list[bytes]:
+        """What each id adds to the text, before the decoder drops spaces."""
+        found = [self[index] for index in ids]
+        if self.byte_level:
+            return found
+        first = next((place for place, index in enumerate(ids) if self._token(index) is not None), None)
+        if first is not None and not self.is_byte[ids[first]]:  # decoders treat a text's start otherwise
+            token = self._token(ids[first])
+            found[first] = self._join([token, "a"]).removesuffix(self._after).encode("utf-8", "replace")
+        if self.byte_fallback and not _is_utf8(b"".join(found)):
+            found = _replaced_runs(found, [self.is_byte[index] for index in ids])
+        return found
 
     def _bytes_of(self, token: str) -> bytes:
         """A byte-level token's characters are bytes in disguise; one with other characters was added as plain text."""
@@ -172,9 +184,12 @@ class _Reader(dict[int, bytes]):
         return {character: byte for byte, character in bytes_to_unicode().items()}
 
     def _between(self, token: str) -> str:
-        """What the token adds to a text that goes on to either side: decoders treat both ends of a text otherwise."""
-        before, after = "a", self._join(["a", "a"]).removeprefix("a")
-        return self._join(["a", token, "a"]).removeprefix(before).removesuffix(after)
+        """What the token adds to a text that goes on to either side."""
+        return self._join(["a", token, "a"]).removeprefix("a").removesuffix(self._after)
+
+    @cached_property
+    def _after(self) -> str:
+        return self._join(["a", "a"]).removeprefix("a")
 
 
 _READERS: WeakKeyDictionary[Any, _Reader] = WeakKeyDictionary()

@@ -10,12 +10,13 @@ from abc_plugin.recovery.layers import OUTSIDE, target_layer
 from abc_plugin.recovery.rerun import EagerRerun
 from abc_plugin.recovery.tap import AttentionTap
 
+Recovery = AttentionTap | Fallback | EagerRerun
 RECOVERIES = ("auto", "tap", "eager-rerun")
 
 
 def attach(
     model: Any, layer: str = "last_full", recovery: str = "auto", *, row: str = "mask", per_head: bool = False
-) -> AttentionTap | Fallback | EagerRerun:
+) -> Recovery:
     """Recover one attention row of one layer of ``model``, from the forwards that it runs anyway.
 
         recovery = attach(model)

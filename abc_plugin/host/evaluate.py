@@ -63,6 +63,7 @@ def sample(args: Namespace, data: Dataset, method: methods.Method) -> list[dict]
 
     from abc_plugin.host.checks import quiet_strategy
     from abc_plugin.host.generation import generate
+    from abc_plugin.host.reward_model import differing_tokenizers, in_own_tokens
     from abc_plugin.recovery import attach
 
     disable_progress_bar()
@@ -84,6 +85,7 @@ def sample(args: Namespace, data: Dataset, method: methods.Method) -> list[dict]
     shaping = args.shaping
     tap = attach(reward_model, shaping.layer, shaping.recovery) if method.needs_attention else None
     set_seed(args.train.seed)
+    tokenizers = differing_tokenizers(args, args.reward.model_name_or_path)
     lines = []
     size = args.rollout.micro_batch_size
     for start in tqdm(range(0, len(prompts), size), desc="evaluate", unit="batch"):
@@ -98,37 +100,50 @@ def sample(args: Namespace, data: Dataset, method: methods.Method) -> list[dict]
             temperature=args.rollout.temperature,
             top_p=args.rollout.top_p,
         )
-        lines += _score(reward_model, tap, tokenizer, method, chosen, responses)
+        batch = _Batch(tokenizer, chosen, responses)
+        if tokenizers is None:
+            reward_B, row_BS = _score(reward_model, tap, batch.sequences_BS, batch.attention_mask_BS)
+        else:
+            inputs = (batch.sequences_BS, batch.attention_mask_BS, batch.action_mask_BA)
+            mapped = in_own_tokens(tokenizers, shaping.reward_text, *inputs, chosen)
+            reward_B, row_BL = _score(reward_model, tap, mapped.input_ids_BL, mapped.attention_mask_BL)
+            row_BS = None if row_BL is None else mapped.to_policy(row_BL)[0]
+        lines += batch.lines(reward_B, method, row_BS)
     return lines
 
 
-def _score(
-    reward_model: torch.nn.Module,
-    tap: object,
-    tokenizer: object,
-    method: methods.Method,
-    prompts: list[str],
-    responses: list[dict],
-) -> list[dict]:
-    """Reward and credit of one batch of responses."""
-    ids = [response["observation_tokens"] for response in responses]
-    starts = [response["action_ranges"][0][0] for response in responses]
-    batch = tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt").to(reward_model.device)
-    sequences_BS, attention_mask_BS = batch["input_ids"], batch["attention_mask"]
-    with tap.record(attention_mask_BS) if tap else contextlib.nullcontext() as recording:
-        reward_B = reward_model(sequences_BS, attention_mask_BS)
-    position_S = torch.arange(sequences_BS.shape[1], device=sequences_BS.device)
-    action_BS = (position_S >= torch.tensor(starts, device=position_S.device)[:, None]) & attention_mask_BS.bool()
-    row_BA = recording.row_BS[:, 1:] if tap else None
-    weight_BA = method.weights(methods.Evidence(sequences_BS, action_BS[:, 1:], row_BA))
-    return [
-        {
-            "prompt": prompt,
-            "tokens": [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in tokens[start:]],
-            "credit": weight_A[mask_A].tolist(),
-            "reward": reward,
-        }
-        for prompt, tokens, start, weight_A, mask_A, reward in zip(
-            prompts, ids, starts, weight_BA, action_BS[:, 1:], reward_B.float().tolist(), strict=True
-        )
-    ]
+def _score(model: torch.nn.Module, tap: Any, ids_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Scores (B,) and, with a tap, the attention row (B, S), on the CPU."""
+    ids_BS, mask_BS = ids_BS.to(model.device), mask_BS.to(model.device)
+    with tap.record(mask_BS) if tap else contextlib.nullcontext() as recording:
+        reward_B = model(ids_BS, mask_BS)
+    return reward_B.float().cpu(), recording.row_BS.cpu() if tap else None
+
+
+class _Batch:
+    """Some prompts and their responses, padded on the right."""
+
+    def __init__(self, tokenizer: Any, prompts: list[str], responses: list[dict]) -> None:
+        self.tokenizer, self.prompts = tokenizer, prompts
+        self.ids = [response["observation_tokens"] for response in responses]
+        self.starts = [response["action_ranges"][0][0] for response in responses]
+        padded = tokenizer.pad({"input_ids": self.ids}, padding_side="right", return_tensors="pt")
+        self.sequences_BS, self.attention_mask_BS = padded["input_ids"], padded["attention_mask"]
+        position_S = torch.arange(self.sequences_BS.shape[1])
+        action_BS = (position_S >= torch.tensor(self.starts)[:, None]) & self.attention_mask_BS.bool()
+        self.action_mask_BA = action_BS[:, 1:]
+
+    def lines(self, reward_B: Tensor, method: methods.Method, row_BS: Tensor | None) -> list[dict]:
+        """One line of the output per response: its tokens, their credit, its reward."""
+        row_BA = None if row_BS is None else row_BS[:, 1:].float()
+        weight_BA = method.weights(methods.Evidence(self.sequences_BS, self.action_mask_BA, row_BA))
+        rows = zip(self.prompts, self.ids, self.starts, weight_BA, self.action_mask_BA, reward_B.tolist(), strict=True)
+        return [
+            {
+                "prompt": prompt,
+                "tokens": [self.tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in ids[start:]],
+                "credit": weight_A[mask_A].tolist(),
+                "reward": reward,
+            }
+            for prompt, ids, start, weight_A, mask_A, reward in rows
+        ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,30 @@ class ScoredBatch(NamedTuple):
     info: dict[str, Tensor]  # metrics (B,)
 
 
+def differing_tokenizers(args: Namespace, reward_model: str) -> tuple[Any, Any] | None:
+    """(policy's, reward model's) tokenizer where ``--shaping.tokenizer_check map`` has something to map, else None."""
+    if args.shaping.tokenizer_check != "map":
+        return None
+    fast = not option(args, "data.disable_fast_tokenizer")
+    paths = (option(args, "actor.model_name_or_path"), reward_model)
+    policy, own = (AutoTokenizer.from_pretrained(path, trust_remote_code=True, use_fast=fast) for path in paths)
+    return (policy, own) if first_difference(policy, own) else None
+
+
+def in_own_tokens(
+    tokenizers: tuple[Any, Any],
+    text: str,
+    sequences: Tensor,
+    attention_mask: Tensor,
+    action_mask: Tensor,
+    prompts: list[str],
+) -> MappedBatch:
+    """The policy's sequences as the reward model reads them; ``text``: see ``--shaping.reward_text``."""
+    turns = [[{"role": "user", "content": prompt}] for prompt in prompts] if text == "chat" else None
+    special = text == "special"
+    return map_batch(*tokenizers, sequences, attention_mask, action_mask, special_tokens=special, messages_B=turns)
+
+
 class CreditRewardModel(undecorated(RewardModelActor)):
     """OpenRLHF's reward-model worker.
 
@@ -43,11 +68,7 @@ class CreditRewardModel(undecorated(RewardModelActor)):
         args, shaping = strategy.args, strategy.args.shaping
         if normalisation.normalises(args):
             strategy.print(f"abc_plugin: reward normalisation restored: {normalisation.restore(self.model)}")
-        if shaping.tokenizer_check == "map":
-            fast = not option(args, "data.disable_fast_tokenizer")
-            paths = (option(args, "actor.model_name_or_path"), pretrain)
-            both = [AutoTokenizer.from_pretrained(path, trust_remote_code=True, use_fast=fast) for path in paths]
-            self.tokenizers = tuple(both) if first_difference(*both) else None
+        self.tokenizers = differing_tokenizers(args, pretrain)
         if shaping.dense and methods.load(shaping.method).needs_attention:
             self.attention = attach(self.model, layer=shaping.layer, recovery=shaping.recovery)
             strategy.print(f"abc_plugin: {self.attention.describe()}")
@@ -68,7 +89,8 @@ class CreditRewardModel(undecorated(RewardModelActor)):
         if self.tokenizers is None:
             reward_B, row_BS = self._score(sequences, attention_mask, **kwargs)
             return reward_B if row_BS is None else ScoredBatch(reward_B, row_BS, {})
-        mapped = self._mapped(sequences, attention_mask, action_mask, prompts)
+        text = self.strategy.args.shaping.reward_text
+        mapped = in_own_tokens(self.tokenizers, text, sequences, attention_mask, action_mask, prompts)
         reward_B, row_BL = self._score(mapped.input_ids_BL, mapped.attention_mask_BL, **kwargs)
         info = {"reward_truncated": mapped.truncated_B.float()}
         if row_BL is None:
@@ -83,19 +105,6 @@ class CreditRewardModel(undecorated(RewardModelActor)):
         with self.attention.record(attention_mask.to(torch.cuda.current_device()), **self._groups()) as recording:
             reward_B = super().forward(sequences, attention_mask, **kwargs)
         return reward_B, recording.row_BS.to("cpu")
-
-    def _mapped(
-        self, sequences: Tensor, attention_mask: Tensor, action_mask: Tensor, prompts: list[str]
-    ) -> MappedBatch:
-        text = self.strategy.args.shaping.reward_text
-        return map_batch(
-            *self.tokenizers,
-            sequences,
-            attention_mask,
-            action_mask,
-            special_tokens=text == "special",
-            messages_B=[[{"role": "user", "content": prompt}] for prompt in prompts] if text == "chat" else None,
-        )
 
     def _groups(self) -> dict[str, ProcessGroup]:
         """The process groups over which this model's sequences and heads are split, where they are."""

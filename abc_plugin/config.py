@@ -73,7 +73,9 @@ class ShapingConfig:
             if getattr(self, name) not in choices:
                 raise UserError(f"--shaping.{name} {getattr(self, name)!r} is none of {', '.join(choices)}")
         if self.reward_text != "plain" and self.tokenizer_check != "map":
-            raise UserError(f"--shaping.reward_text {self.reward_text} means something with --shaping.tokenizer_check map")
+            raise UserError(
+                f"--shaping.reward_text {self.reward_text} means something with --shaping.tokenizer_check map"
+            )
 
     @property
     def dense(self) -> bool:

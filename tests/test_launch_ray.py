@@ -15,7 +15,12 @@ import_host()
 from abc_plugin.host.arguments import parse  # noqa: E402
 
 LAUNCH = Path(__file__).parents[1] / "launch" / "ray"
-ENVIRONMENT = {"POLICY": "my/policy", "REWARD_MODEL": "my/reward", "PROMPTS": "prompts.jsonl", "URL": "http://a/get_reward"}
+ENVIRONMENT = {
+    "POLICY": "my/policy",
+    "REWARD_MODEL": "my/reward",
+    "PROMPTS": "prompts.jsonl",
+    "URL": "http://a/get_reward",
+}
 
 
 def words(script: str, *arguments: str, **environment: str) -> list[str]:
@@ -32,7 +37,11 @@ def words(script: str, *arguments: str, **environment: str) -> list[str]:
     [
         ("gae.sh", [], {"estimator": "gae", "lambd": 0.95, "critic": "my/reward", "remote": None}),
         ("reinforce.sh", [], {"estimator": "reinforce_baseline", "lambd": 1, "critic": None, "remote": None}),
-        ("remote_reward.sh", ["train"], {"estimator": "rloo", "lambd": 1, "critic": None, "remote": [ENVIRONMENT["URL"]]}),
+        (
+            "remote_reward.sh",
+            ["train"],
+            {"estimator": "rloo", "lambd": 1, "critic": None, "remote": [ENVIRONMENT["URL"]]},
+        ),
     ],
 )
 def test_the_hosts_parser_takes_every_flag(script, arguments, expected):
@@ -53,11 +62,17 @@ def test_the_hosts_parser_takes_every_flag(script, arguments, expected):
 
 
 def test_the_server_gets_its_flags():
-    assert words("remote_reward.sh", "serve", "--port", "6000")[:3] == ["serve-rm", "--reward.model_name_or_path", "my/reward"]
+    assert words("remote_reward.sh", "serve", "--port", "6000")[:3] == [
+        "serve-rm",
+        "--reward.model_name_or_path",
+        "my/reward",
+    ]
 
 
 def test_a_job_carries_the_script_and_its_settings():
-    said = words("job.sh", str(LAUNCH / "gae.sh"), "--train.seed", "7", RAY=r"printf %s\n", RAY_ADDRESS="http://head:8265")
+    said = words(
+        "job.sh", str(LAUNCH / "gae.sh"), "--train.seed", "7", RAY=r"printf %s\n", RAY_ADDRESS="http://head:8265"
+    )
     assert said[:4] == ["job", "submit", "--address", "http://head:8265"]
     environment = json.loads(said[said.index("--runtime-env-json") + 1])
     assert environment["working_dir"] == str(LAUNCH)

@@ -139,9 +139,29 @@ def test_summary_by_hand():
     assert abc.steps_to_baseline == [7, 11]
     assert abc.reward == pytest.approx([0.9, 0.7])
     assert abc.reward_per_sqrt_kl == pytest.approx([1 / 0.4, 1 / 0.2])
-    assert none.cells() == ["none", "2", "20", "0.500 ± 0.000", "0.250 ± 0.000", "1.000 ± 0.000", "15", "2.000", "10.000 ± 0.000"]
+    assert none.cells() == [
+        "none",
+        "2",
+        "20",
+        "0.500 ± 0.000",
+        "0.250 ± 0.000",
+        "1.000 ± 0.000",
+        "15",
+        "2.000",
+        "10.000 ± 0.000",
+    ]
     # standard deviation of 0.9, 0.7 is 0.2 / sqrt 2; of 0.16, 0.04 it is 0.12 / sqrt 2
-    assert abc.cells() == ["abc", "2", "20", "0.800 ± 0.141", "0.100 ± 0.085", "1.000 ± 0.000", "9", "3.750", "4.000 ± 2.828"]
+    assert abc.cells() == [
+        "abc",
+        "2",
+        "20",
+        "0.800 ± 0.141",
+        "0.100 ± 0.085",
+        "1.000 ± 0.000",
+        "9",
+        "3.750",
+        "4.000 ± 2.828",
+    ]
     assert len(compare.HEADER) == len(abc.cells())
 
 

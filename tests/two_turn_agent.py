@@ -33,9 +33,7 @@ class AgentExecutor(MultiTurnAgentExecutor):
         super().__init__(TwoTurns)
 
     async def execute(self, *args, hf_tokenizer, llm_engine, **kwargs):
-        response = await super().execute(
-            *args, hf_tokenizer=hf_tokenizer, llm_engine=ShortTurns(llm_engine), **kwargs
-        )
+        response = await super().execute(*args, hf_tokenizer=hf_tokenizer, llm_engine=ShortTurns(llm_engine), **kwargs)
         length = [len(hf_tokenizer.decode(response["observation_tokens"][:at])) for at in range(49)]
         spans = [[length[start], length[end], 1.0] for start, end in response["action_ranges"]]
         return response | {"extra_logs": {"credit_spans": spans}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import torch
 from datasets import Dataset
 from openrlhf.datasets.utils import blending_datasets
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -26,7 +27,8 @@ from abc_plugin.credit import methods
 from abc_plugin.errors import UserError
 from abc_plugin.host.options import flag, option, set_option
 from abc_plugin.recovery import attach
-from abc_plugin.tokenizers import first_difference
+from abc_plugin.tokenizers.check import side
+from abc_plugin.tokenizers.compare import Side, compare
 
 # Flags that one process without engines cannot honour: (attribute path, refused value, why and what to do). Packing,
 # ring attention, dynamic batches and host-side evaluation are refused by OpenRLHF itself, for want of engines.
@@ -64,10 +66,13 @@ def check_supported(args: Namespace) -> None:
         )
 
 
-def check_models(args: Namespace, shaping: ShapingConfig, *, runs_here: bool = True) -> None:
+def check_models(
+    args: Namespace, shaping: ShapingConfig, prompts: Sequence[str] = (), *, runs_here: bool = True
+) -> None:
     """Models have their weights and heads and share a tokenizer, and the attention tap fits the reward model.
 
-    ``runs_here``: whether this machine will run them, so that its devices and packages matter.
+    prompts: read by both tokenizers, besides the built-in texts.  runs_here: whether this machine will run the models,
+    so that its devices and packages matter.
     """
     if shaping.reward_text == "chat" and option(args, "data.apply_chat_template"):
         raise UserError(
@@ -85,28 +90,30 @@ def check_models(args: Namespace, shaping: ShapingConfig, *, runs_here: bool = T
     if critic and critic != reward:
         _config(flags["critic"], critic)
         others[flags["critic"]] = critic
-    tokenizer = _tokenizer(args, flags["actor"], policy)
+    ours = _side(args, flags["actor"], policy)
     for name, path in others.items():
-        if difference := first_difference(tokenizer, _tokenizer(args, name, path)):
-            _other_tokenizer(args, shaping, name, path, difference)
+        if differences := compare(ours, _side(args, name, path), prompts).dangerous():
+            _other_tokenizer(args, shaping, name, path, differences)
     if shaping.dense and methods.load(shaping.method).needs_attention:
         _check_tap(args, reward, reward_config, shaping, runs_here)
 
 
-def _other_tokenizer(args: Namespace, shaping: ShapingConfig, name: str, path: str, difference: str) -> None:
+def _other_tokenizer(args: Namespace, shaping: ShapingConfig, name: str, path: str, differences: list[str]) -> None:
     """What ``--shaping.tokenizer_check`` says to a model that reads text otherwise than the policy."""
     policy = option(args, "actor.model_name_or_path")
     is_reward = path == option(args, "reward.model_name_or_path")
+    difference = differences[0] + (f" (and {len(differences) - 1} more)" if len(differences) > 1 else "")
     if shaping.tokenizer_check == "off":
         print(
             f"abc_plugin: WARNING: --shaping.tokenizer_check off: {name} {path} reads the policy's ids as its own, "
             f"though {difference}; reward and credit are those of another text"
         )
     elif shaping.tokenizer_check == "strict" or not is_reward:
-        remedy = "use a model trained with the policy's tokenizer" + (
-            ", or --shaping.tokenizer_check map (see README)" if is_reward else ""
+        remedy = " or --shaping.tokenizer_check map" if is_reward else ""
+        raise UserError(
+            f"{name} {path} and the policy {policy} must share a tokenizer, but {difference}; use a model trained with "
+            f"the policy's tokenizer{remedy}; abc-rlhf check-tokenizers {policy} {path} shows all"
         )
-        raise UserError(f"{name} {path} and the policy {policy} must share a tokenizer, but {difference}; {remedy}")
     else:
         print(f"abc_plugin: {name} {path} reads the text in its own tokens: {difference}")
         if option(args, "critic.model_name_or_path") == path:
@@ -115,14 +122,11 @@ def _other_tokenizer(args: Namespace, shaping: ShapingConfig, name: str, path: s
             print(f"abc_plugin: the critic starts from the policy {policy}, whose tokens it reads")
 
 
-def _tokenizer(args: Namespace, name: str, path: str) -> object:
+def _side(args: Namespace, name: str, path: str) -> Side:
     try:
-        return AutoTokenizer.from_pretrained(
-            path, trust_remote_code=True, use_fast=not option(args, "data.disable_fast_tokenizer")
-        )
-    except Exception as error:  # a damaged tokenizer.json raises the bare class
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{name} {path} has no usable tokenizer ({reason}); save its tokenizer beside it") from None
+        return side(path, use_fast=not option(args, "data.disable_fast_tokenizer"))
+    except UserError as error:
+        raise UserError(f"{name} {error}") from None
 
 
 def _check_tap(args: Namespace, path: str, config: object, shaping: ShapingConfig, runs_here: bool) -> None:
@@ -195,9 +199,10 @@ def _in_safetensors(file: str) -> set[str]:
         return set(tensors.keys())
 
 
-def check_data(args: Namespace) -> int:
-    """The prompts can be read and fill the batches of a step. Returns their number."""
-    count = len(read_data(args))
+def check_data(args: Namespace) -> Dataset:
+    """The prompts can be read and fill the batches of a step. Returns them."""
+    data = read_data(args)
+    count = len(data)
     rollout, train = args.rollout, args.train
     samples = min(count, rollout.batch_size) * rollout.n_samples_per_prompt
     if samples < train.batch_size:  # the host would drop the incomplete batch and never update
@@ -208,7 +213,7 @@ def check_data(args: Namespace) -> int:
         )
     if rollout.temperature <= 0:
         raise UserError(f"--rollout.temperature {rollout.temperature}: PPO needs sampled completions; use 1.0")
-    return count
+    return data
 
 
 def quiet_strategy(args: Namespace) -> SimpleNamespace:

@@ -141,7 +141,9 @@ class _Batch:
         return [
             {
                 "prompt": prompt,
-                "tokens": [self.tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in ids[start:]],
+                "tokens": [
+                    self.tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in ids[start:]
+                ],
                 "credit": weight_A[mask_A].tolist(),
                 "reward": reward,
             }

@@ -24,6 +24,8 @@ from abc_plugin.config import add_flags, split_flags
 from abc_plugin.credit import methods
 from abc_plugin.host.adapt import import_host
 
+READ = 1000  # prompts that both tokenizers read before training
+
 
 def main(argv: list[str]) -> int:
     """Train; returns the exit status. Raises UserError for anything that can be refused before training."""
@@ -37,13 +39,14 @@ def main(argv: list[str]) -> int:
 
     args, ignored = parse_for_one_process(host_argv, shaping)
     checks.check_supported(args)
-    checks.check_models(args, shaping)
-    prompts = checks.check_data(args)
+    data = checks.check_data(args)
+    texts = [prompt for prompt in data[args.data.input_key][:READ] if isinstance(prompt, str)]
+    checks.check_models(args, shaping, texts)
     if ignored:
         print(f"abc-rlhf local: one process, so these are ignored: {' '.join(ignored)}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     dense = f", beta {shaping.beta:g}" if shaping.dense else ""
-    print(f"abc-rlhf local: {prompts} prompts, reward shaping {shaping.method}{dense}, {device}")
+    print(f"abc-rlhf local: {len(data)} prompts, reward shaping {shaping.method}{dense}, {device}")
     return _train(args)
 
 

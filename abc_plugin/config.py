@@ -68,14 +68,11 @@ class ShapingConfig:
             raise UserError(f"--shaping.beta {self.beta} is outside [0, 1]; the reference runs used 0.8")
         if self.layer not in ("last_full", "last") and not self.layer.lstrip("-").isdecimal():
             raise UserError(f"--shaping.layer {self.layer!r} is neither last_full, last nor a layer index such as -1")
-
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"--shaping.{name} {getattr(self, name)!r} is none of {', '.join(choices)}")
         if self.reward_text != "plain" and self.tokenizer_check != "map":
-            raise UserError(
-                f"--shaping.reward_text {self.reward_text} means something with --shaping.tokenizer_check map"
-            )
+            raise UserError(f"--shaping.reward_text {self.reward_text} needs --shaping.tokenizer_check map")
 
     @property
     def dense(self) -> bool:

@@ -15,12 +15,8 @@ import_host()
 from abc_plugin.host.arguments import parse  # noqa: E402
 
 LAUNCH = Path(__file__).parents[1] / "launch" / "ray"
-ENVIRONMENT = {
-    "POLICY": "my/policy",
-    "REWARD_MODEL": "my/reward",
-    "PROMPTS": "prompts.jsonl",
-    "URL": "http://a/get_reward",
-}
+URL = "http://a/get_reward"
+ENVIRONMENT = {"POLICY": "my/policy", "REWARD_MODEL": "my/reward", "PROMPTS": "prompts.jsonl", "URL": URL}
 
 
 def words(script: str, *arguments: str, **environment: str) -> list[str]:
@@ -37,11 +33,7 @@ def words(script: str, *arguments: str, **environment: str) -> list[str]:
     [
         ("gae.sh", [], {"estimator": "gae", "lambd": 0.95, "critic": "my/reward", "remote": None}),
         ("reinforce.sh", [], {"estimator": "reinforce_baseline", "lambd": 1, "critic": None, "remote": None}),
-        (
-            "remote_reward.sh",
-            ["train"],
-            {"estimator": "rloo", "lambd": 1, "critic": None, "remote": [ENVIRONMENT["URL"]]},
-        ),
+        ("remote_reward.sh", ["train"], {"estimator": "rloo", "lambd": 1, "critic": None, "remote": [URL]}),
     ],
 )
 def test_the_hosts_parser_takes_every_flag(script, arguments, expected):

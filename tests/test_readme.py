@@ -1,5 +1,7 @@
 """The README is executed: its scripts, its Python, and every command, flag and metric it names."""
 
+import importlib
+import inspect
 import json
 import os
 import re
@@ -14,13 +16,19 @@ from transformers import AutoModelForSequenceClassification
 import abc_plugin
 from abc_plugin.cli import COMMANDS, main
 from abc_plugin.credit.metrics import credit_metrics
+from abc_plugin.host import ray_driver
+from abc_plugin.host.adapt import import_host
+
+import_host()
+
+from abc_plugin.host import reward_model  # noqa: E402
 
 ROOT = Path(abc_plugin.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_commands_are_the_ones_that_exist(capsys):
-    assert set(re.findall(r"`abc-rlhf ([a-z-]+)", README)) == set(COMMANDS)
+    assert set(re.findall(r"abc-rlhf ([a-z-]+)", README)) == set(COMMANDS)
     with pytest.raises(SystemExit):
         main(["--help"])
     said = capsys.readouterr().out
@@ -29,11 +37,11 @@ def test_the_commands_are_the_ones_that_exist(capsys):
 
 def test_the_flags_exist(capsys):
     assert main(["local", "--help"]) == 0
-    known = capsys.readouterr().out
-    for command in ("evaluate", "report", "prepare", "bench"):
+    ray_driver._print_help()
+    for command in ("evaluate", "report", "prepare", "bench recovery", "bench parity", "check-tokenizers"):
         with pytest.raises(SystemExit):
-            main([command, "--help"])
-        known += capsys.readouterr().out
+            main([*command.split(), "--help"])
+    known = capsys.readouterr().out
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w.]+", README))
     assert len(flags) > 8
     assert not {flag for flag in flags if flag not in known}
@@ -42,16 +50,28 @@ def test_the_flags_exist(capsys):
 def test_the_metrics_are_the_ones_logged():
     zeros = torch.zeros(1, 1)
     logged = credit_metrics(zeros, zeros, zeros[0], zeros, zeros)
-    assert set(re.findall(r"`(credit_\w+)`", README)) == set(logged)
+    assert set(re.findall(r"`(credit_\w+)`", README)) == {*logged, "credit_moved"}
+    assert "credit_moved" in inspect.getsource(reward_model)
 
 
 def test_the_python_example_runs(tiny):
-    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    [_, code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     model = AutoModelForSequenceClassification.from_pretrained(tiny / "reward_model").eval()
     ids = torch.randint(5, 1000, (2, 7))
     names = {"reward_model": model, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     exec(code, names)
     torch.testing.assert_close(names["recording"].row_BS.sum(1), torch.ones(2))
+
+
+def test_the_driver_example_runs():
+    [code, _] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    try:
+        exec(code, names)
+        launcher = importlib.import_module("openrlhf.trainer.ray.launcher")
+        assert "CreditRewardModel" in repr(launcher.RewardModelActor)
+    finally:
+        names["uninstall"]()
 
 
 def script(name, tiny, out, *flags, **environment):

@@ -111,8 +111,8 @@ def _other_tokenizer(args: Namespace, shaping: ShapingConfig, name: str, path: s
     elif shaping.tokenizer_check == "strict" or not is_reward:
         remedy = " or --shaping.tokenizer_check map" if is_reward else ""
         raise UserError(
-            f"{name} {path} and the policy {policy} must share a tokenizer, but {difference}; use a model trained with "
-            f"the policy's tokenizer{remedy}; abc-rlhf check-tokenizers {policy} {path} shows all"
+            f"{name} {path} and the policy {policy} must share a tokenizer, but {difference}; use a model trained "
+            f"with the policy's tokenizer{remedy}; abc-rlhf check-tokenizers {policy} {path} shows all"
         )
     else:
         print(f"abc_plugin: {name} {path} reads the text in its own tokens: {difference}")

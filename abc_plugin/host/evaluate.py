@@ -11,10 +11,13 @@ import contextlib
 import json
 import statistics
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, set_seed
 from transformers.utils.logging import disable_progress_bar
@@ -135,15 +138,14 @@ class _Batch:
 
     def lines(self, reward_B: Tensor, method: methods.Method, row_BS: Tensor | None) -> list[dict]:
         """One line of the output per response: its tokens, their credit, its reward."""
+        word = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
         row_BA = None if row_BS is None else row_BS[:, 1:].float()
         weight_BA = method.weights(methods.Evidence(self.sequences_BS, self.action_mask_BA, row_BA))
         rows = zip(self.prompts, self.ids, self.starts, weight_BA, self.action_mask_BA, reward_B.tolist(), strict=True)
         return [
             {
                 "prompt": prompt,
-                "tokens": [
-                    self.tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in ids[start:]
-                ],
+                "tokens": [word([token]) for token in ids[start:]],
                 "credit": weight_A[mask_A].tolist(),
                 "reward": reward,
             }

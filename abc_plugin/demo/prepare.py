@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -18,19 +19,27 @@ from abc_plugin.demo import sources
 from abc_plugin.demo.recipe import Recipe, default_dir, recipe_hash
 from abc_plugin.errors import UserError
 
+if TYPE_CHECKING:
+    from abc_plugin.demo.other import OtherRecipe
+
 FREE_BYTES = 700 * 2**20  # what is written, with some air
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``abc-rlhf prepare``."""
-    parser.add_argument("--out", type=Path, help="directory to make (default: $ABC_HOME or ~/.cache/abc_plugin)")
+    parser.add_argument("--out", type=Path, help="directory to make (default: in $ABC_HOME or ~/.cache/abc_plugin)")
+    parser.add_argument(
+        "--other_reward_model",
+        action="store_true",
+        help="make instead a reward model of another family and tokenizer, for --shaping.tokenizer_check map",
+    )
     parser.add_argument("--path", action="store_true", help="print only the directory, for scripts")
     parser.add_argument("--force", action="store_true", help="make it anew even if it is there")
 
 
 def run(args: argparse.Namespace) -> int:
     """Make or find the directory and say in one line what lies there."""
-    out = ensure(args.out, force=args.force)
+    out = (ensure_other if args.other_reward_model else ensure)(args.out, force=args.force)
     if args.path:
         print(out)
         return 0
@@ -46,21 +55,44 @@ def ensure(out: Path | None = None, *, force: bool = False, recipe: Recipe | Non
     """
     recipe = recipe or Recipe()
     versions = sources.versions()
-    out = Path(out or default_dir(recipe, versions)).expanduser().absolute()
-    if found(out, recipe_hash(recipe, versions), force) and not force:
+    out = out or default_dir(recipe, versions)
+    return _made("abc_plugin.demo.build", out, recipe, recipe_hash(recipe, versions), force)
+
+
+def ensure_other(out: Path | None = None, *, force: bool = False, recipe: OtherRecipe | None = None) -> Path:
+    """The directory of the reward model with GPT-2's tokenizer (reward_model/, card.json), likewise.
+
+    Raises UserError as ``ensure``.
+    """
+    _quiet_threads()
+    from abc_plugin.demo import other
+
+    recipe = recipe or other.OtherRecipe()
+    wanted = recipe_hash(recipe, other.made_from())
+    return _made("abc_plugin.demo.other", out or other.directory(recipe), recipe, wanted, force)
+
+
+def _made(builder: str, out: Path, recipe: Recipe | OtherRecipe, wanted: str, force: bool) -> Path:
+    """``out``, made by the module's ``build`` unless it is there."""
+    out = Path(out).expanduser().absolute()
+    if found(out, wanted, force) and not force:
         return out
-    # torch reads this when it is first imported: idle threads must not spin on a shared machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("KMP_BLOCKTIME", "0")
-    from abc_plugin.demo.build import build
+    _quiet_threads()
     from abc_plugin.demo.layout import whole_directory
 
+    build = importlib.import_module(builder).build
     with whole_directory(out) as part, progress_bar() as report:
         if (free := shutil.disk_usage(part).free) < FREE_BYTES:
             needed = FREE_BYTES >> 20
             raise UserError(f"{out.parent} has {free >> 20} MB free and {needed} MB are needed; use another --out")
         build(part, recipe, report)
     return out
+
+
+def _quiet_threads() -> None:
+    """torch reads this when it is first imported: idle threads must not spin on a shared machine."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 
 def found(out: Path, wanted: str, force: bool) -> bool:

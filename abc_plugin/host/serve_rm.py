@@ -121,7 +121,11 @@ def _load(argv: list[str]) -> tuple[Any, Any]:
         mock.patch("uvicorn.run", instead_of_serving),
         mock.patch.object(sys, "argv", ["abc-rlhf serve-rm", *argv]),
     ):
-        runpy.run_path(importlib.util.find_spec(CLI).origin, run_name="__main__")
+        try:
+            runpy.run_path(importlib.util.find_spec(CLI).origin, run_name="__main__")
+        except Exception as error:  # whatever the host or transformers trip over while they load the model
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"the reward model cannot be loaded: {reason} (abc-rlhf serve-rm --help)") from error
     return stopped["reward_model"], stopped["args"]
 
 
@@ -130,7 +134,7 @@ def _app(server: CreditServer) -> Any:
     app = fastapi.FastAPI()
 
     @app.post("/get_reward")
-    def get_reward(data: dict) -> dict:
+    async def get_reward(data: dict) -> dict:  # async: one at a time, as a tap records one forward at a time
         queries = data.get("query")
         usable = isinstance(queries, list) and queries and all(isinstance(query, str) and query for query in queries)
         if not usable:

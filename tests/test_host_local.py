@@ -21,9 +21,11 @@ from abc_plugin.host.adapt import import_host
 import_host()
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.trainer.ray.launcher import RewardModelActor
-from abc_plugin.host import local, local_trainer, reward_model
-local_trainer.CreditExperienceMaker = RemoteExperienceMaker
+from openrlhf.trainer.ray.ppo_critic import CriticModelActor
+from abc_plugin.host import local, normalisation, reward_model, trainers
+trainers.CreditExperienceMaker = RemoteExperienceMaker
 reward_model.CreditRewardModel = RewardModelActor
+normalisation.RestoredCritic = CriticModelActor
 sys.exit(local.main(sys.argv[1:]))
 """
 

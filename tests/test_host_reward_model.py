@@ -42,7 +42,8 @@ def worker(tiny, monkeypatch, shaping, attention="sdpa", extra=()):
 
     monkeypatch.setattr(undecorated(RewardModelActor), "init_model_from_pretrained", load)
     self = object.__new__(CreditRewardModel)
-    self.init_model_from_pretrained(SimpleNamespace(args=args, ring_attn_group=None, print=print), "unused")
+    strategy = SimpleNamespace(args=args, ring_attn_group=None, print=print)
+    self.init_model_from_pretrained(strategy, str(tiny / "reward_model"))
     return self
 
 

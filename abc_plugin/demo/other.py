@@ -101,6 +101,7 @@ def gpt2_config(tokenizer: GPT2Tokenizer, recipe: OtherRecipe) -> GPT2Config:
 def build(part: Path, recipe: OtherRecipe, report: reward.Progress) -> None:
     """Write reward_model/ and card.json into ``part``."""
     start, cpu = time.time(), time.process_time()
+    logging.disable_progress_bar()
     logging.set_verbosity_error()
     torch.manual_seed(recipe.seed)
     report("reading the reviews", 0.0)

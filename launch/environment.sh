@@ -2,7 +2,7 @@
 # Makes the environment in .venv of this clone (about 2 GB, 3 minutes); does nothing when it is there and up to date.
 #
 #   bash launch/environment.sh        what `abc-rlhf local` needs
-#   bash launch/environment.sh ray    also .venv-ray (1.4 GB more, 2 minutes): the same plus vLLM's CPU build and
+#   bash launch/environment.sh ray    also .venv-ray (1.3 GB more, 2 minutes): the same plus vLLM's CPU build and
 #                                     flash-attn's Python part, for the whole Ray stack without a GPU (Linux x86-64)
 #
 # PYTHON=/path/to/python3.11 chooses the interpreter (3.11 or newer); pip's own settings apply, e.g. an index of

@@ -87,6 +87,9 @@ def test_settings_that_do_not_go_together(other, tmp_path, capsys):
     words = [*local_flags(other, tmp_path), "--data.apply_chat_template"]
     with pytest.raises(UserError, match="chat needs the bare prompts, but --data.apply_chat_template"):
         checked(words, capsys, tokenizer_check="map", reward_text="chat")
+    words = [*local_flags(other, tmp_path), "--data.input_template", "User: {}"]
+    with pytest.raises(UserError, match="chat needs the bare prompts, but --data.input_template"):
+        checked(words, capsys, tokenizer_check="map", reward_text="chat")
 
 
 def test_the_worker_scores_the_text_in_its_own_tokens(other, tmp_path, monkeypatch):
@@ -126,7 +129,7 @@ def test_what_the_reward_model_reads_is_as_asked(other, monkeypatch, text, speci
     self = worker(other, monkeypatch, shaping, extra=extra)
     self.forward(torch.tensor([[500, 600, 700]]), torch.ones(1, 3), action_mask=torch.ones(1, 2), prompts=["Hi"])
     turns = [[{"role": "user", "content": "Hi"}]] if text == "chat" else None
-    assert asked == {"special_tokens": special, "messages_B": turns}
+    assert asked == {"special_tokens": special, "messages_B": turns, "max_length": 1024}
 
 
 def test_a_run_with_mapped_credit(other, tmp_path):

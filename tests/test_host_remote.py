@@ -95,7 +95,10 @@ def test_both_forms_in_which_the_host_hands_spans_over(tokenizer, monkeypatch, f
         ([[0, 3, -1.0]], "sample 3: credit_spans has NaN, infinite or negative"),
         ([[0, 3, float("nan")]], "sample 3: credit_spans has NaN, infinite or negative"),
         ([[0, 999, 1.0]], r"sample 3: credit_spans reaches from 0 to 999, but the query has \d+ characters"),
-        ([[5, 3, 1.0]], "sample 3: credit_spans reaches from 5 to 3"),
+        ([[5, 3, 1.0]], "sample 3: credit_spans has a span that ends before it starts"),
+        ([], r"sample 3: credit_spans is empty; send \[\[start, end, weight\], ...\]"),
+        ([[0, 8, 1.0]], "sample 3: all weight of its credit_spans lies on the prompt"),
+        ([[13, 20, 0.0]], "sample 3: all weight of its credit_spans lies on the prompt"),
     ],
 )
 def test_credit_that_does_not_fit_the_text_ends_the_run(tokenizer, monkeypatch, value, message):

@@ -26,9 +26,9 @@ from abc_plugin.recovery.rerun import rerun_eager_row  # noqa: E402
 ONE_RANK = ["--actor.num_gpus_per_node", "1", "--vllm.num_engines", "0", "--rollout.batch_size", "8"]
 
 
-def worker(tiny, monkeypatch, shaping, attention="sdpa", extra=()):
+def worker(tiny, monkeypatch, shaping, attention="sdpa", extra=(), args=None):
     """A worker whose model is loaded as the host loads it, without its process group."""
-    args = parse(["--reward.model_name_or_path", "x", *ONE_RANK, *extra])
+    args = args or parse(["--reward.model_name_or_path", "x", *ONE_RANK, *extra])
     args.shaping = shaping
     model = get_llm_for_sequence_regression(
         str(tiny / "reward_model"),

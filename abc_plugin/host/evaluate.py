@@ -64,9 +64,10 @@ def sample(args: Namespace, data: Dataset, method: methods.Method) -> list[dict]
     from openrlhf.utils import get_tokenizer, logging_utils
     from openrlhf.utils.utils import convert_to_torch_dtype
 
+    from abc_plugin.host import normalisation
     from abc_plugin.host.checks import quiet_strategy
     from abc_plugin.host.generation import generate
-    from abc_plugin.host.reward_model import differing_tokenizers, in_own_tokens
+    from abc_plugin.host.reward_model import own_tokens
     from abc_plugin.recovery import attach
 
     disable_progress_bar()
@@ -82,13 +83,16 @@ def sample(args: Namespace, data: Dataset, method: methods.Method) -> list[dict]
         "reward",
         param_dtype=args.ds.param_dtype,
         value_head_prefix=args.ds.value_head_prefix,
+        normalize_reward=args.reward.normalize_enable,
         **options,
     )
+    if normalisation.normalises(args):
+        normalisation.restore(reward_model)
     policy, reward_model = policy.to(device).eval(), reward_model.to(device).eval()
     shaping = args.shaping
     tap = attach(reward_model, shaping.layer, shaping.recovery) if method.needs_attention else None
     set_seed(args.train.seed)
-    tokenizers = differing_tokenizers(args, args.reward.model_name_or_path)
+    mapping = own_tokens(args, args.reward.model_name_or_path)
     lines = []
     size = args.rollout.micro_batch_size
     for start in tqdm(range(0, len(prompts), size), desc="evaluate", unit="batch"):
@@ -104,11 +108,10 @@ def sample(args: Namespace, data: Dataset, method: methods.Method) -> list[dict]
             top_p=args.rollout.top_p,
         )
         batch = _Batch(tokenizer, chosen, responses)
-        if tokenizers is None:
+        if mapping is None:
             reward_B, row_BS = _score(reward_model, tap, batch.sequences_BS, batch.attention_mask_BS)
         else:
-            inputs = (batch.sequences_BS, batch.attention_mask_BS, batch.action_mask_BA)
-            mapped = in_own_tokens(tokenizers, shaping.reward_text, *inputs, chosen)
+            mapped = mapping(batch.sequences_BS, batch.attention_mask_BS, batch.action_mask_BA, chosen)
             reward_B, row_BL = _score(reward_model, tap, mapped.input_ids_BL, mapped.attention_mask_BL)
             row_BS = None if row_BL is None else mapped.to_policy(row_BL)[0]
         lines += batch.lines(reward_B, method, row_BS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
@@ -16,6 +17,7 @@ from abc_plugin.credit.metrics import credit_metrics
 from abc_plugin.credit.redistribute import redistribute
 from abc_plugin.errors import CreditError
 from abc_plugin.host import remote_credit
+from abc_plugin.host.options import flag
 from abc_plugin.host.reward_model import ScoredBatch
 
 
@@ -36,13 +38,19 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
         self._scored: list[ScoredBatch] = []
         self._spans: dict[int, Tensor] = {}
 
+    @property
+    def text_tokenizer(self) -> Any:
+        """The tokenizer; a vision model's is inside its processor."""
+        return getattr(self.tokenizer, "tokenizer", self.tokenizer)
+
     @torch.no_grad()
     def make_experience_batch(self, rollout_samples: list[Experience]) -> list[Experience]:
         """The host's method between two checks: every reward is one number, and every response got its credit.
 
         Raises CreditError naming the sample.
         """
-        remote_credit.check_rewards(rollout_samples, from_rollout=self.reward_model_group is None)
+        resume = flag(self.args, "ckpt.load_enable")
+        remote_credit.check_rewards(rollout_samples, from_rollout=self.reward_model_group is None, resume=resume)
         self._spans = remote_credit.take_spans(rollout_samples)
         experiences = super().make_experience_batch(rollout_samples)
         if self.shaping.dense:
@@ -95,14 +103,20 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
             if index not in self._spans:
                 raise CreditError(
                     f"--reward_shaping {self.shaping.method}: the reward of sample {index} came without credit. Its "
-                    "attention is known where --reward.model_name_or_path scores, or a server started by abc-rlhf "
-                    f'serve-rm, or a reward function that returns extra_logs["{remote_credit.CREDIT}"]; a rule has '
-                    "none: use --reward_shaping uniform or none there"
+                    f"attention is known where {flag(self.args, 'reward.model_name_or_path')} scores, or a server "
+                    "started by abc-rlhf serve-rm, or a reward function that returns "
+                    f'extra_logs["{remote_credit.CREDIT}"]; a rule has none: use --reward_shaping uniform or none'
                 )
             real = experience.attention_mask[row].bool()
             row_BS[row, real], share = remote_credit.attention_row(
-                self._spans[index], experience.sequences[row, real], self.tokenizer, f"sample {index}"
+                self._spans[index], experience.sequences[row, real], self.text_tokenizer, f"sample {index}"
             )
+            acts = experience.action_mask[row].bool()
+            if acts.any() and not row_BS[row, 1:][acts].sum() > 0:
+                raise CreditError(
+                    f"sample {index}: all weight of its credit_spans lies on the prompt; they count characters of the "
+                    "whole query, prompt and response"
+                )
             moved.append(share)
         experience.info["credit_moved"] = torch.tensor(moved)
         return row_BS
@@ -162,7 +176,7 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
         penalty_BA = stock(torch.zeros_like(reward_B), kl_coef, kl_BA, mask_BA, None)
         clipped_B = stock(reward_B, 0.0, torch.zeros_like(kl_BA), mask_BA, clip_range).sum(1)
         dense_BA = redistribute(clipped_B, weight_BA, mask_BA, beta=self.shaping.beta)
-        special_BA = torch.isin(experience.sequences[:, 1:], torch.tensor(self.tokenizer.all_special_ids))
+        special_BA = torch.isin(experience.sequences[:, 1:], torch.tensor(self.text_tokenizer.all_special_ids))
         experience.info |= credit_metrics(weight_BA, dense_BA, clipped_B, mask_BA, special_BA)
         return dense_BA + penalty_BA
 

@@ -33,10 +33,10 @@ _undo: list[tuple[object, str, object]] = []  # (module, name, the host's object
 def install(shaping: ShapingConfig | None = None) -> list[str]:
     """Rebind OpenRLHF's names to the plugin's subclasses; returns one line per name.
 
-    Call it in the driver before ``openrlhf.cli.train_ppo_ray.train(args)``; every loaded module of the host, and the
-    script itself, gets the new class, so imports may stand before or after the call. With ``shaping`` the settings
-    travel to the workers in ``strategy.args.shaping``, and what can be checked without a GPU is checked when the host
-    makes its strategy; without, ``args.shaping`` must be set by the caller. A second call replaces the first.
+    Call it in the driver before ``openrlhf.cli.train_ppo_ray.train(args)``; every loaded module gets the new class
+    wherever it holds the old one, so imports may stand before or after the call. With ``shaping`` the settings travel
+    to the workers in ``strategy.args.shaping``, and what can be checked without a GPU is checked when the host makes
+    its strategy; without, ``args.shaping`` must be set by the caller. A second call replaces the first.
     Raises UserError when this version of OpenRLHF is not supported or not what the plugin was written against.
     """
     uninstall()
@@ -46,10 +46,11 @@ def install(shaping: ShapingConfig | None = None) -> list[str]:
     pairs = [(name, _load(name), _load(ours)) for name, ours in REBOUND]  # all subclasses before the first rebinding
     lines = []
     for name, stock, subclass in pairs:
-        _rebind(name, stock, as_actor(subclass, like=stock))
+        _rebind(stock, as_actor(subclass, like=stock))
         lines.append(f"{name} -> {subclass.__module__}.{subclass.__name__}")
     if shaping is not None:
-        _rebind(GET_STRATEGY, stock := _load(GET_STRATEGY), _carrying(shaping, stock))
+        stock = _load(GET_STRATEGY)
+        _rebind(stock, _carrying(shaping, stock))
         lines.append(f"{GET_STRATEGY} -> itself, with args.shaping")
     return lines
 
@@ -83,12 +84,11 @@ def _load(dotted: str) -> object:
     return getattr(importlib.import_module(module), name)
 
 
-def _rebind(dotted: str, stock: object, ours: object) -> None:
-    """Wherever the host's modules or the running script hold ``stock`` under its name, put ``ours``."""
-    name = dotted.rsplit(".", 1)[1]
-    holders = [module for key, module in sys.modules.items() if key.split(".")[0] in ("openrlhf", "__main__")]
-    for module in holders:
-        if vars(module).get(name) is stock:
+def _rebind(stock: object, ours: object) -> None:
+    """Wherever a loaded module holds ``stock``, under whatever name, put ``ours``."""
+    others = [module for key, module in sys.modules.items() if module and key.split(".")[0] != "abc_plugin"]
+    for module in others:
+        for name in [name for name, value in vars(module).items() if value is stock]:
             _undo.append((module, name, stock))
             setattr(module, name, ours)
 

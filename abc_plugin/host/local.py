@@ -24,8 +24,6 @@ from abc_plugin.config import add_flags, split_flags
 from abc_plugin.credit import methods
 from abc_plugin.host.adapt import import_host
 
-READ = 1000  # prompts that both tokenizers read before training
-
 
 def main(argv: list[str]) -> int:
     """Train; returns the exit status. Raises UserError for anything that can be refused before training."""
@@ -40,7 +38,7 @@ def main(argv: list[str]) -> int:
     args, ignored = parse_for_one_process(host_argv, shaping)
     checks.check_supported(args)
     data = checks.check_data(args)
-    texts = [prompt for prompt in data[args.data.input_key][:READ] if isinstance(prompt, str)]
+    texts = [prompt for prompt in data[args.data.input_key][: checks.READ] if isinstance(prompt, str)]
     checks.check_models(args, shaping, texts)
     if ignored:
         print(f"abc-rlhf local: one process, so these are ignored: {' '.join(ignored)}")

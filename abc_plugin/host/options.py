@@ -13,6 +13,8 @@ FLAT = {
     "reward.remote_url": "remote_rm_url",
     "reward.normalize_enable": "normalize_reward",
     "train.agent_func_path": "agent_func_path",
+    "ckpt.load_enable": "load_checkpoint",
+    "data.input_template": "input_template",
     "data.apply_chat_template": "apply_chat_template",
     "data.disable_fast_tokenizer": "disable_fast_tokenizer",
     "ds.attn_implementation": "attn_implementation",

@@ -9,7 +9,8 @@ from argparse import Namespace
 from abc_plugin.config import add_flags, split_flags
 from abc_plugin.credit import methods
 from abc_plugin.errors import CreditError, UserError, WorkerDied
-from abc_plugin.host.adapt import import_cluster_host
+from abc_plugin.host.adapt import import_cluster_host, import_host
+from abc_plugin.host.options import flag
 
 ON_CPU = "--on_cpu"
 
@@ -22,7 +23,9 @@ def main(argv: list[str]) -> int:
     methods.load(shaping.method)
     if wants_help:
         _print_help()
-    import_cluster_host(on_cpu=on_cpu)
+        import_host(local=False)  # a machine without engines can help, too
+    else:
+        import_cluster_host(on_cpu=on_cpu)
     from abc_plugin.host.arguments import parse
     from abc_plugin.host.install import install
     from abc_plugin.host.preflight import preflight
@@ -51,15 +54,13 @@ def _train(args: Namespace) -> int:
 
     try:
         importlib.import_module("openrlhf.cli.train_ppo_ray").train(args)
-    except ray.exceptions.RayTaskError as error:
-        raise _cause(error) from error
-    except ray.exceptions.RayActorError as error:
-        raise _dead_worker(error) from error
+    except (ray.exceptions.RayTaskError, ray.exceptions.RayActorError) as error:
+        raise _cause(error, flag(args, "ckpt.load_enable")) from error
     print(f"done: policy in {args.ckpt.output_dir if hasattr(args, 'ckpt') else args.save_path}")
     return 0
 
 
-def _cause(error: Exception) -> Exception:
+def _cause(error: Exception, resume: str) -> Exception:
     """What a worker raised, without Ray's wrapping, where it is one of ours or a worker's death."""
     import ray
 
@@ -68,15 +69,14 @@ def _cause(error: Exception) -> Exception:
         cause = cause.cause
     if isinstance(cause, UserError | CreditError):
         return cause
-    if isinstance(cause, ray.exceptions.RayActorError):
-        return _dead_worker(cause)
-    return error
-
-
-def _dead_worker(error: Exception) -> Exception:
-    reason = " ".join(str(error).split())
+    if not isinstance(cause, ray.exceptions.RayActorError):
+        return error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    if "creation task" in lines[0]:  # its text ends as the traceback does: with the exception
+        kind, _, reason = lines[-1].partition(": ")
+        ours = {"abc_plugin.errors.UserError": UserError, "abc_plugin.errors.CreditError": CreditError}
+        return ours[kind](reason) if kind in ours else WorkerDied(f"a Ray worker could not start: {lines[-1]}")
     return WorkerDied(
-        f"a Ray worker died: {reason[:400]}. Nothing is trained on a half-finished step; go on from the last "
-        "checkpoint with --ckpt.load_enable and the same flags (a model out of memory dies like this, too; and "
-        "abc_plugin must be installed on every node)"
+        f"a Ray worker died: {' '.join(lines)[:400]}. Nothing is trained on a half-finished step; go on from the last "
+        f"checkpoint with {resume} and the same flags (a process out of memory dies like this, too)"
     )

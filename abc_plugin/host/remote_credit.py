@@ -5,8 +5,10 @@ Credit travels in ``extra_logs`` under CREDIT, as a list of spans over that text
 
     [[start, end, weight], ...]        characters start to end (exclusive) of the query carry this weight >= 0
 
-so that the sender needs neither the policy's tokenizer nor its tokens. Weights have any scale; what lies on the prompt
-is dropped and the rest renormalised, as for attention of the host's own reward model.
+so that the sender needs neither the policy's tokenizer nor its tokens. The query is what a server is sent: prompt and
+response, tokenizer.decode(observation_tokens, skip_special_tokens=False), cut at the maximum length. An agent counts
+in that text, too (its step() sees one without end tokens), and the host keeps the extra_logs of its last step only.
+Weights have any scale; what lies on the prompt is dropped and the rest renormalised, as for a reward model's row.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ CREDIT = "credit_spans"
 EXPLANATION = "the host takes one scalar reward per response and would keep a single element of a list"
 
 
-def check_rewards(samples: Sequence[Experience], *, from_rollout: bool) -> None:
+def check_rewards(samples: Sequence[Experience], *, from_rollout: bool, resume: str) -> None:
     """Refuse rollouts whose reward is missing, a list or not finite, before anything is computed from them.
+
+    resume: the flag to go on with, for the message.
 
     Raises CreditError naming the sample. OpenRLHF itself logs a failed request and goes on without its reward, and
     takes one element of a token-level reward.
@@ -37,7 +41,7 @@ def check_rewards(samples: Sequence[Experience], *, from_rollout: bool) -> None:
                 raise CreditError(
                     f"{where} came back without a reward: the reward server or function failed (its message is in the "
                     "log of RolloutRayActor). Nothing was trained on this batch; mend it and go on with "
-                    "--ckpt.load_enable"
+                    f"{resume}"
                 )
         elif sample.rewards.numel() != 1:
             raise CreditError(
@@ -59,14 +63,18 @@ def attention_row(spans: Tensor, sequence_S: Tensor, tokenizer: object, where: s
     ``sequence_S`` is one sequence without padding, prompt and response.
     Raises CreditError on spans of another shape, outside the text, negative, or not finite.
     """
-    if spans.numel() % 3 or spans.shape[-1] != 3:
+    if not spans.numel():
+        raise CreditError(f"{where}: {CREDIT} is empty; send [[start, end, weight], ...] over the query's characters")
+    if spans.shape[-1] != 3:
         raise CreditError(f"{where}: {CREDIT} has shape {tuple(spans.shape)}, expected [[start, end, weight], ...]")
     spans_L3 = spans.reshape(-1, 3).double()
     text, of_tokens = token_spans(tokenizer, sequence_S.tolist())
     start, end, weight = spans_L3.T
     if not torch.isfinite(spans_L3).all() or (weight < 0).any():
         raise CreditError(f"{where}: {CREDIT} has NaN, infinite or negative entries")
-    if (start < 0).any() or (end < start).any() or (end > len(text)).any():
+    if (end < start).any():
+        raise CreditError(f"{where}: {CREDIT} has a span that ends before it starts")
+    if (start < 0).any() or (end > len(text)).any():
         raise CreditError(
             f"{where}: {CREDIT} reaches from {start.min():.0f} to {end.max():.0f}, but the query has {len(text)} "
             "characters: the credit belongs to another text, or was computed on a truncated one"

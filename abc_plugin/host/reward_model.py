@@ -9,14 +9,16 @@ import torch
 from openrlhf.trainer.ray.launcher import RewardModelActor
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from transformers import AutoTokenizer
+from transformers import AutoConfig
 
 from abc_plugin.credit import methods
 from abc_plugin.host import normalisation
 from abc_plugin.host.actors import undecorated
+from abc_plugin.host.checks import check_models
 from abc_plugin.host.options import option
 from abc_plugin.recovery import attach
-from abc_plugin.tokenizers import first_difference
+from abc_plugin.tokenizers.check import side
+from abc_plugin.tokenizers.compare import compare
 from abc_plugin.tokenizers.mapping import MappedBatch, map_batch
 
 
@@ -28,28 +30,39 @@ class ScoredBatch(NamedTuple):
     info: dict[str, Tensor]  # metrics (B,)
 
 
-def differing_tokenizers(args: Namespace, reward_model: str) -> tuple[Any, Any] | None:
-    """(policy's, reward model's) tokenizer where ``--shaping.tokenizer_check map`` has something to map, else None."""
+class OwnTokens:
+    """Reads the policy's sequences as text in the reward model's own tokens (``--shaping.tokenizer_check map``)."""
+
+    def __init__(self, args: Namespace, reward_model: str) -> None:
+        fast = not option(args, "data.disable_fast_tokenizer")
+        policy, own = (side(path, use_fast=fast) for path in (option(args, "actor.model_name_or_path"), reward_model))
+        self.needed = bool(compare(policy, own).dangerous())
+        self.tokenizers = (policy.tokenizer, own.tokenizer)
+        config = AutoConfig.from_pretrained(reward_model, trust_remote_code=True)
+        self.max_length = min(own.tokenizer.model_max_length, getattr(config, "max_position_embeddings", 10**9))
+        self.text = args.shaping.reward_text
+
+    def __call__(
+        self, sequences_BS: Tensor, attention_mask_BS: Tensor, action_mask_BA: Tensor, prompts: list[str]
+    ) -> MappedBatch:
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts] if self.text == "chat" else None
+        return map_batch(
+            *self.tokenizers,
+            sequences_BS,
+            attention_mask_BS,
+            action_mask_BA,
+            max_length=self.max_length,
+            special_tokens=self.text == "special",
+            messages_B=turns,
+        )
+
+
+def own_tokens(args: Namespace, reward_model: str) -> OwnTokens | None:
+    """The mapping where ``--shaping.tokenizer_check map`` has something to map, else None."""
     if args.shaping.tokenizer_check != "map":
         return None
-    fast = not option(args, "data.disable_fast_tokenizer")
-    paths = (option(args, "actor.model_name_or_path"), reward_model)
-    policy, own = (AutoTokenizer.from_pretrained(path, trust_remote_code=True, use_fast=fast) for path in paths)
-    return (policy, own) if first_difference(policy, own) else None
-
-
-def in_own_tokens(
-    tokenizers: tuple[Any, Any],
-    text: str,
-    sequences: Tensor,
-    attention_mask: Tensor,
-    action_mask: Tensor,
-    prompts: list[str],
-) -> MappedBatch:
-    """The policy's sequences as the reward model reads them; ``text``: see ``--shaping.reward_text``."""
-    turns = [[{"role": "user", "content": prompt}] for prompt in prompts] if text == "chat" else None
-    special = text == "special"
-    return map_batch(*tokenizers, sequences, attention_mask, action_mask, special_tokens=special, messages_B=turns)
+    mapping = OwnTokens(args, reward_model)
+    return mapping if mapping.needed else None
 
 
 class CreditRewardModel(undecorated(RewardModelActor)):
@@ -60,15 +73,17 @@ class CreditRewardModel(undecorated(RewardModelActor)):
     """
 
     attention: Any = None  # what attach gives
-    tokenizers: tuple[Any, Any] | None = None  # (policy's, own), where they differ and the text is mapped
+    own_tokens: OwnTokens | None = None
 
     def init_model_from_pretrained(self, strategy: object, pretrain: str) -> None:
         """Load the model as the host does, attach the tap and fire it once, before any rollout is made."""
-        super().init_model_from_pretrained(strategy, pretrain)
         args, shaping = strategy.args, strategy.args.shaping
+        if not getattr(args, "shaping_checked", True):  # the models were not on the driver's machine
+            check_models(args, shaping)
+        super().init_model_from_pretrained(strategy, pretrain)
         if normalisation.normalises(args):
             strategy.print(f"abc_plugin: reward normalisation restored: {normalisation.restore(self.model)}")
-        self.tokenizers = differing_tokenizers(args, pretrain)
+        self.own_tokens = own_tokens(args, pretrain)
         if shaping.dense and methods.load(shaping.method).needs_attention:
             self.attention = attach(self.model, layer=shaping.layer, recovery=shaping.recovery)
             strategy.print(f"abc_plugin: {self.attention.describe()}")
@@ -86,11 +101,10 @@ class CreditRewardModel(undecorated(RewardModelActor)):
 
         The row is that of ``attention_mask``'s last position, where the host reads the score.
         """
-        if self.tokenizers is None:
+        if self.own_tokens is None:
             reward_B, row_BS = self._score(sequences, attention_mask, **kwargs)
             return reward_B if row_BS is None else ScoredBatch(reward_B, row_BS, {})
-        text = self.strategy.args.shaping.reward_text
-        mapped = in_own_tokens(self.tokenizers, text, sequences, attention_mask, action_mask, prompts)
+        mapped = self.own_tokens(sequences, attention_mask, action_mask, prompts)
         reward_B, row_BL = self._score(mapped.input_ids_BL, mapped.attention_mask_BL, **kwargs)
         info = {"reward_truncated": mapped.truncated_B.float()}
         if row_BL is None:

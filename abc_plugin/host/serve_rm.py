@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 import runpy
 import sys
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -27,7 +28,8 @@ from torch import Tensor
 from abc_plugin.config import ShapingConfig, add_flags, split_flags
 from abc_plugin.errors import UserError
 from abc_plugin.host.adapt import import_host
-from abc_plugin.host.options import option
+from abc_plugin.host.options import flag, option
+from abc_plugin.tokenizers.mapping import piece_spans
 
 CLI = "openrlhf.cli.serve_rm"
 
@@ -72,8 +74,9 @@ class CreditServer:
         mask_BS = tokens["attention_mask"].to(device)
         with self.attention.record(mask_BS) as recording:
             reward_B = self.proxy.reward_model(tokens["input_ids"].to(device), mask_BS)
-        offsets = tokens["offset_mapping"].tolist()
-        cut = [text for text, spans in zip(texts, offsets, strict=True) if max(end for _, end in spans) < len(text)]
+        offsets_BS2 = tokens["offset_mapping"]
+        ends = offsets_BS2[..., 1].amax(1).tolist()
+        cut = [text for text, end in zip(texts, ends, strict=True) if end < len(text)]
         if cut:
             print(
                 f"abc_plugin: {len(cut)} of {len(texts)} queries were cut at --data.max_len {self.proxy.max_length} "
@@ -81,28 +84,40 @@ class CreditServer:
                 file=sys.stderr,
                 flush=True,
             )
-        rows = zip(offsets, recording.row_BS.tolist(), mask_BS.tolist(), strict=True)
-        return reward_B, [
-            [[*offset, weight] for offset, weight, real in zip(*row, strict=True) if real and weight > 0.0]
-            for row in rows
-        ]
+        credit = []
+        for b, (text, end) in enumerate(zip(texts, ends, strict=True)):
+            real_S = tokens["attention_mask"][b].bool()
+            ids, weight = tokens["input_ids"][b][real_S].tolist(), recording.row_BS[b].cpu()[real_S]
+            spans = piece_spans(self.proxy.tokenizer, text[:end], ids, offsets_BS2[b][real_S].tolist())
+            credit.append(
+                [[*span, share] for span, share in zip(spans.tolist(), weight.tolist(), strict=True) if share]
+            )
+        return reward_B, credit
 
 
 def main(argv: list[str]) -> int:
     """Serve until interrupted; returns the exit status."""
     shaping, host_argv = split_flags(argv)
+    if shaping != replace(ShapingConfig(), layer=shaping.layer, recovery=shaping.recovery):
+        raise UserError(
+            "abc-rlhf serve-rm always sends credit; of the plugin's flags it takes --shaping.layer and "
+            "--shaping.recovery, the others belong to the training"
+        )
     if {"-h", "--help"} & set(argv):
         _print_help()
     if missing := [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]:
         raise UserError(f"not installed: {', '.join(missing)}; pip install fastapi uvicorn")
     import_host(local=False)
     proxy, args = _load(host_argv)
-    from abc_plugin.host import normalisation
+    from abc_plugin.host import checks, normalisation
 
+    checks.check_reward_head(args, proxy.reward_model.config)
     if option(args, "reward.normalize_enable"):
         print(f"abc_plugin: reward normalisation restored: {normalisation.restore(proxy.reward_model)}")
     if not proxy.tokenizer.is_fast:
-        raise UserError("a slow tokenizer gives no character offsets; leave --data.disable_fast_tokenizer out")
+        raise UserError(
+            f"a slow tokenizer gives no character offsets; leave {flag(args, 'data.disable_fast_tokenizer')} out"
+        )
     server = CreditServer(proxy, shaping)
     url = f"http://{args.host}:{args.port}/get_reward"
     print(f"abc_plugin: {server.attention.describe()}; serving on {url}", flush=True)

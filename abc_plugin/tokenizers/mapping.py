@@ -178,7 +178,7 @@ class _Encoder:
 
     def _one(self, text: str, body: list[int], offsets: list | None, ended: bool) -> _Encoded:
         eos = self.tokenizer.eos_token_id
-        spans_L2 = self._spans(text, body, offsets)
+        spans_L2 = piece_spans(self.tokenizer, text, body, offsets)
         after = self.after
         if ended and eos is not None and (body + after)[-1:] != [eos]:
             after = [*after, eos]
@@ -189,20 +189,25 @@ class _Encoder:
         kept = np.r_[: len(self.before), len(self.before) + cut : len(ids)]
         return _Encoded([ids[index] for index in kept], spans_L2[kept], cut > 0)
 
-    def _spans(self, text: str, body: list[int], offsets: list | None) -> Floats:
-        """By the tokens' own bytes where they spell the text, else (normalised text) by the tokenizer's offsets."""
-        try:
-            spelled, spans_L2 = token_spans(self.tokenizer, body)
-        except UserError:
-            spelled = None
-        if spelled == text:
-            return spans_L2.numpy()
-        if offsets is None:
-            raise UserError(
-                f"the reward model's {type(self.tokenizer).__name__} is a slow tokenizer without offsets, and its "
-                f"tokens do not spell the text {text[:40]!r}…; use its fast version"
-            )
-        return _split_shared(np.asarray(offsets, np.float64).reshape(-1, 2))
+
+def piece_spans(tokenizer: Any, text: str, ids: list[int], offsets: list | None) -> Floats:
+    """Characters of ``text`` that each of its ids stands for (L, 2).
+
+    By the tokens' own bytes where they spell the text, else (normalised text) by the tokenizer's offsets.
+    Raises UserError where they do not and there are no offsets.
+    """
+    try:
+        spelled, spans_L2 = token_spans(tokenizer, ids)
+    except UserError:
+        spelled = None
+    if spelled == text:
+        return spans_L2.numpy()
+    if offsets is None:
+        raise UserError(
+            f"the reward model's {type(tokenizer).__name__} is a slow tokenizer without offsets, and its tokens do "
+            f"not spell the text {text[:40]!r}…; use its fast version"
+        )
+    return _split_shared(np.asarray(offsets, np.float64).reshape(-1, 2))
 
 
 def _split_shared(offsets_L2: Floats) -> Floats:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole real stack (Ray, DeepSpeed, vLLM's CPU build, OpenRLHF's own command line) on a laptop without a GPU: three
-# PPO steps with credit. About 2 minutes on two cores once .venv-ray is there; it takes 1.5 GB more than .venv.
+# PPO steps with credit. About 2 minutes on two cores once .venv-ray is there; it takes 1.3 GB more than .venv.
 #
 #   bash launch/ray/cpu_smoke.sh                          random models of two layers
 #   DEMO=$(abc-rlhf prepare --path) bash launch/ray/cpu_smoke.sh       SmolLM2-135M and its reward model, 8 GB of memory

@@ -22,6 +22,25 @@ def tiny(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def other(tiny, tmp_path_factory) -> Path:
+    """The tiny policy and prompts with a reward model of GPT-2's architecture and tokenizer."""
+    import tokenizer_zoo
+    import torch
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    directory = tmp_path_factory.mktemp("other")
+    (directory / "policy").symlink_to(tiny / "policy")
+    (directory / "prompts.jsonl").symlink_to(tiny / "prompts.jsonl")
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, num_labels=1, initializer_range=0.2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = GPT2ForSequenceClassification(config)
+    model.save_pretrained(directory / "reward_model")
+    tokenizer_zoo.load("gpt2").save_pretrained(directory / "reward_model")
+    return directory
+
+
 def local_flags(tiny: Path, out: Path, **changes: object) -> list[str]:
     """Flags of a run of three PPO steps; ``changes`` maps a flag's name without dashes to its value, None drops it."""
     flags = {

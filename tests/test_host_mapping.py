@@ -7,7 +7,6 @@ import tokenizer_zoo
 import torch
 from conftest import local_flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from abc_plugin.cli import main
 from abc_plugin.config import ShapingConfig
@@ -21,22 +20,6 @@ from test_host_reward_model import worker  # noqa: E402
 from abc_plugin.host.arguments import parse_for_one_process  # noqa: E402
 from abc_plugin.host.checks import check_models  # noqa: E402
 from abc_plugin.tokenizers import mapping  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def other(tiny, tmp_path_factory):
-    """The tiny policy and prompts with a reward model of GPT-2's architecture and tokenizer."""
-    directory = tmp_path_factory.mktemp("other")
-    (directory / "policy").symlink_to(tiny / "policy")
-    (directory / "prompts.jsonl").symlink_to(tiny / "prompts.jsonl")
-    tokenizer = tokenizer_zoo.load("gpt2")
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, num_labels=1, initializer_range=0.2)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = GPT2ForSequenceClassification(config)
-    model.save_pretrained(directory / "reward_model")
-    tokenizer.save_pretrained(directory / "reward_model")
-    return directory
 
 
 def flags(other, out, **changes):

@@ -180,6 +180,18 @@ def test_an_agent_of_two_turns_brings_its_own_credit(tiny, tmp_path):
             assert starts == 2 and moved == 0.0
 
 
+def test_a_reward_model_with_another_tokenizer(other, tmp_path):
+    changes = {"reward.model_name_or_path": other / "reward_model", "shaping.tokenizer_check": "map"}
+    finished = run("abc", other, tmp_path, reward_shaping="abc", **changes)
+    assert len(finished.steps) == 3 and arrived(finished.log) == 1
+    assert "the critic starts from the policy" in finished.log
+    for step in range(3):
+        assert column(finished, step, "credit_conservation_error").max() < 1e-5
+        assert (column(finished, step, "credit_moved") <= 1).all()
+        assert (column(finished, step, "reward_truncated") == 0).all()
+    assert column(finished, 0, "reward").std() > 1e-3
+
+
 def test_a_rule_that_sends_no_credit_is_told_what_to_use(tiny, tmp_path):
     rule = tmp_path / "rule.py"
     rule.write_text("def reward_func(queries, prompts, labels):\n    return {'rewards': 1.0 * len(queries[0])}\n")

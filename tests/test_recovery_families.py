@@ -1,5 +1,8 @@
 """The parity table: every family as its entry says, by the code that ``abc-rlhf bench parity`` runs."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from cpu_flash import cpu_flash, use_implementation
@@ -98,6 +101,11 @@ def test_the_command_prints_the_table_and_fails_with_the_family_that_fails(monke
     error = capsys.readouterr().err
     for fault in ("llama: eager was to be refused", "t5: sdpa was to be exact", "gptj: fp32 under eager is off by 0"):
         assert fault in error
+
+
+def test_the_table_in_the_repository_is_of_these_families():
+    table = Path(parity.__file__).with_suffix(".md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| (\w+) \|", table, re.MULTILINE)[1:] == list(FAMILIES)
 
 
 def test_paddings_are_what_they_are_called():

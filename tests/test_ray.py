@@ -1,6 +1,7 @@
 """abc-rlhf ray on the real stack: Ray, DeepSpeed, vLLM and OpenRLHF's own training, on a CPU. About a minute a run."""
 
 import math
+import os
 import re
 import signal
 import subprocess
@@ -227,6 +228,18 @@ def test_a_killed_worker_is_named_and_the_run_continues_from_its_checkpoint(tiny
     assert arrived(resumed.log) == 1
     assert "'global_step': " in resumed.log and "'global_step': 0" not in resumed.log
     assert len(resumed.steps) > done  # records of both runs
+
+
+def test_the_smoke_script(tmp_path):
+    if not (CLONE / ".venv-ray").exists():
+        pytest.skip("bash launch/environment.sh ray has not been run in this clone")
+    command = ["bash", CLONE / "launch" / "ray" / "cpu_smoke.sh", "--data.max_samples", "8"]
+    environment = os.environ | {"OUT": str(tmp_path / "smoke")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert arrived(done.stdout + done.stderr) == 1
+    assert f"done: policy in {tmp_path / 'smoke'}" in done.stdout
+    assert (tmp_path / "smoke" / "model.safetensors").exists()
 
 
 def wait_for(condition, process: subprocess.Popen, log: Path, seconds: int = 300) -> None:

@@ -3,7 +3,7 @@
 import importlib
 import pickle
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from ray import cloudpickle
@@ -125,3 +125,14 @@ def test_the_entry_point_takes_its_flags_out_of_the_command_line(monkeypatch, ca
     plugin.openrlhf_plugin()
     assert sys.argv == ["train", "--actor.num_nodes", "2"]
     assert "rebound openrlhf.trainer.ppo_trainer.PPOTrainer" in capsys.readouterr().out
+
+
+def test_names_of_the_users_own_modules_are_rebound_too(monkeypatch):
+    stock = importlib.import_module("openrlhf.trainer.ppo_trainer").PPOTrainer
+    driver = ModuleType("my_driver")
+    driver.Trainer = stock  # from openrlhf... import PPOTrainer as Trainer
+    monkeypatch.setitem(sys.modules, "my_driver", driver)
+    plugin.install()
+    assert driver.Trainer is importlib.import_module("openrlhf.trainer.ppo_trainer").PPOTrainer is not stock
+    plugin.uninstall()
+    assert driver.Trainer is stock

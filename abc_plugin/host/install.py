@@ -86,9 +86,10 @@ def _load(dotted: str) -> object:
 
 def _rebind(stock: object, ours: object) -> None:
     """Wherever a loaded module holds ``stock``, under whatever name, put ``ours``."""
-    others = [module for key, module in sys.modules.items() if module and key.split(".")[0] != "abc_plugin"]
+    others = [module for key, module in sys.modules.items() if key.split(".")[0] != "abc_plugin"]
     for module in others:
-        for name in [name for name, value in vars(module).items() if value is stock]:
+        held = getattr(module, "__dict__", {})  # not everything in sys.modules is a module
+        for name in [name for name, value in held.items() if value is stock]:
             _undo.append((module, name, stock))
             setattr(module, name, ours)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 import types
@@ -96,6 +97,7 @@ def import_host(*, local: bool = True) -> None:
         raise UserError(f"not installed: {', '.join(missing)}; run bash launch/environment.sh, or pip install them")
     refuse_broken_host(local=local)
     without_cuda()
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel("ERROR")  # kernels that nothing here asks for
     for name in wanted:
         importlib.import_module(name)
     importlib.import_module("transformers").utils.is_flash_attn_2_available()  # its answer is cached

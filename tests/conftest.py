@@ -41,9 +41,9 @@ def other(tiny, tmp_path_factory) -> Path:
     return directory
 
 
-def local_flags(tiny: Path, out: Path, **changes: object) -> list[str]:
-    """Flags of a run of three PPO steps; ``changes`` maps a flag's name without dashes to its value, None drops it."""
-    flags = {
+def run_settings(tiny: Path, out: Path) -> dict[str, object]:
+    """Flags of a run of three PPO steps, without their dashes, and their values."""
+    return {
         "actor.model_name_or_path": tiny / "policy",
         "reward.model_name_or_path": tiny / "reward_model",
         "data.prompt_dataset": tiny / "prompts.jsonl",
@@ -58,8 +58,18 @@ def local_flags(tiny: Path, out: Path, **changes: object) -> list[str]:
         "critic.adam.lr": 1e-3,
         "ckpt.output_dir": out,
         "ckpt.path": out / "checkpoints",
-    } | changes
-    return [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
+    }
+
+
+def as_words(settings: dict[str, object]) -> list[str]:
+    """Words of a command line; True sets a switch, None drops the flag."""
+    given = {f"--{name}": value for name, value in settings.items() if value is not None}
+    return [word for flag, value in given.items() for word in ([flag] if value is True else [flag, str(value)])]
+
+
+def local_flags(tiny: Path, out: Path, **changes: object) -> list[str]:
+    """The run's flags; ``changes`` maps a flag's name without dashes to its value (see ``as_words``)."""
+    return as_words(run_settings(tiny, out) | changes)
 
 
 def run_python(*words: object, **kwargs: object) -> subprocess.CompletedProcess:

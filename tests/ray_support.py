@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import as_words, run_settings
 from torch import Tensor
 
 CLONE = Path(__file__).parents[1]
@@ -31,36 +32,14 @@ def ray_python() -> str:
 
 
 def ray_flags(tiny: Path, out: Path, **changes: object) -> list[str]:
-    """Flags of a run of three PPO steps with make_tiny's models, as for openrlhf.cli.train_ppo_ray.
-
-    ``changes`` maps a flag's name without dashes to its value; True sets a switch, None drops the flag.
-    """
-    flags = {
-        "actor.model_name_or_path": tiny / "policy",
-        "reward.model_name_or_path": tiny / "reward_model",
+    """Flags of a run of three PPO steps, as for openrlhf.cli.train_ppo_ray; ``changes`` as in ``local_flags``."""
+    cluster = {
         **{f"{model}.num_gpus_per_node": 1 for model in ("actor", "ref", "critic", "reward")},
         "vllm.num_engines": 1,
         "vllm.enforce_eager": True,
         "ds.attn_implementation": "eager",
-        "data.prompt_dataset": tiny / "prompts.jsonl",
-        "data.max_samples": 24,
-        "data.max_len": 48,
-        "rollout.max_new_tokens": 8,
-        "rollout.batch_size": 8,
-        "rollout.micro_batch_size": 4,
-        "train.batch_size": 8,
-        "train.micro_batch_size": 4,
-        "actor.adam.lr": 1e-3,
-        "critic.adam.lr": 1e-3,
-        "ckpt.output_dir": out,
-        "ckpt.path": out / "checkpoints",
-    } | changes
-    given = {name: value for name, value in flags.items() if value is not None}
-    return [
-        word
-        for name, value in given.items()
-        for word in ([f"--{name}"] if value is True else [f"--{name}", f"{value}"])
-    ]
+    }
+    return as_words(run_settings(tiny, out) | cluster | changes)
 
 
 @dataclass

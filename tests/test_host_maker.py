@@ -131,6 +131,15 @@ def test_the_reward_that_reaches_gae_by_hand(monkeypatch):
     assert "attention_BS" not in vars(exp)  # nothing extra goes into the replay buffer
 
 
+def test_a_response_without_attention_is_counted():
+    """Row 3 has no actions; row 1 has some and no attention on them, on the prompt alone."""
+    experiences = batch()
+    experiences[1].attention_BS[1] = torch.tensor([0.5, 0.5] + [0.0] * 7)
+    made = make(CreditExperienceMaker, ShapingConfig("abc")).compute_advantages_and_returns(experiences)
+    assert [one.info["credit_without_attention"].tolist() for one in made] == [[0.0] * 4, [0.0, 1.0, 0.0, 0.0]]
+    torch.testing.assert_close(made[1].info["credit_entropy"][1], torch.tensor(5.0).log())  # uniform over 5 actions
+
+
 def test_order_of_experiences_does_not_matter():
     maker = make(CreditExperienceMaker, ShapingConfig("abc"), "--algo.advantage.no_std_norm")
     straight = maker.compute_advantages_and_returns(batch())

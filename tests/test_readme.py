@@ -21,7 +21,7 @@ from abc_plugin.host.adapt import import_host
 
 import_host()
 
-from abc_plugin.host import reward_model  # noqa: E402
+from abc_plugin.host import experience_maker, reward_model  # noqa: E402
 
 ROOT = Path(abc_plugin.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,8 +50,9 @@ def test_the_flags_exist(capsys):
 def test_the_metrics_are_the_ones_logged():
     zeros = torch.zeros(1, 1)
     logged = credit_metrics(zeros, zeros, zeros[0], zeros, zeros)
-    assert set(re.findall(r"`(credit_\w+)`", README)) == {*logged, "credit_moved"}
+    assert set(re.findall(r"`(credit_\w+)`", README)) == {*logged, "credit_moved", "credit_without_attention"}
     assert "credit_moved" in inspect.getsource(reward_model)
+    assert "credit_without_attention" in inspect.getsource(experience_maker)
 
 
 def test_the_python_example_runs(tiny):

@@ -8,6 +8,16 @@ from torch import Tensor
 from abc_plugin.credit.redistribute import last_action
 
 
+def without_attention(attention_BA: Tensor, action_mask_BA: Tensor) -> Tensor:
+    """1 for a response none of whose actions is attended to, so that its credit is uniform, else 0; fp32 (B,).
+
+    By the rule of ``redistribute.response_weights``. It happens where the layer's window ends behind the last action.
+    """
+    mask = action_mask_BA.bool()
+    attended = (attention_BA.double() * mask).sum(1) > torch.finfo(torch.float32).tiny
+    return (mask.any(1) & ~attended).float()
+
+
 def credit_metrics(
     weight_BA: Tensor, dense_BA: Tensor, reward_B: Tensor, action_mask_BA: Tensor, special_BA: Tensor
 ) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from torch import Tensor
 
 from abc_plugin.credit import methods
-from abc_plugin.credit.metrics import credit_metrics
+from abc_plugin.credit.metrics import credit_metrics, without_attention
 from abc_plugin.credit.redistribute import redistribute
 from abc_plugin.errors import CreditError
 from abc_plugin.host import remote_credit
@@ -158,6 +158,8 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
         if row_BS is not None:
             _check_finite("the attention", row_BS, experience)
         row_BA = None if row_BS is None else row_BS[:, 1:]  # action t is the choice of token t + 1
+        if row_BA is not None:
+            experience.info["credit_without_attention"] = without_attention(row_BA, experience.action_mask)
         return self.method.weights(methods.Evidence(experience.sequences, experience.action_mask, row_BA))
 
     def _shaped_reward(

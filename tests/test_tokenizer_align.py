@@ -11,7 +11,7 @@ from tokenizer_zoo import BUILD, Codepoints, load
 from transformers import ByT5Tokenizer
 
 from abc_plugin.errors import UserError
-from abc_plugin.tokenizers.align import pair, spread, token_spans
+from abc_plugin.tokenizers.align import pair, spread, token_spans, token_texts
 
 
 def spans(name, text):
@@ -27,6 +27,25 @@ def test_byte_level_tokens_share_a_character_by_bytes():
     text, found = spans("gpt2", "A 🎬!")
     assert text == "A 🎬!"
     assert found == [("A", 0, 1), ("ĠðŁ", 1, 2.5), ("İ", 2.5, 2.75), ("¬", 2.75, 3), ("!", 3, 4)]
+
+
+def test_a_character_of_several_tokens_is_the_last_ones_text():
+    tokenizer = load("gpt2")
+    ids = tokenizer("A 🎬!\n", add_special_tokens=False)["input_ids"]
+    assert token_texts(tokenizer, ids) == ["A", " ", "", "🎬", "!", "\n"]
+    assert token_texts(tokenizer, ids[:3]) == ["A", " ", "\ufffd"]  # cut off inside: shown, not hidden
+    assert token_texts(tokenizer, []) == []
+
+
+@pytest.mark.parametrize("name", [name for name in BUILD if name != "bert"])
+def test_texts_of_tokens_join_to_the_text_without_garbage(name):
+    tokenizer = load(name)
+    for text in ("naïve 🎬👩‍👩‍👧 你好，世界", "مرحبا بالعالم\n\tשלום", "  two <b> & 100 % e\u0301"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        texts = token_texts(tokenizer, ids)
+        assert len(texts) == len(ids)
+        assert "".join(texts) == tokenizer.decode(ids)
+        assert not any("\ufffd" in piece for piece in texts)
 
 
 def test_sentencepiece_drops_the_first_space_and_falls_back_to_bytes():

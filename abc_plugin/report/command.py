@@ -17,6 +17,7 @@ try:
     from abc_plugin.report import compare
     from abc_plugin.report.curves import draw
     from abc_plugin.report.page import Content, headline, render
+    from abc_plugin.report.records import FILE, read_records
     from abc_plugin.report.samples import read_samples
     from abc_plugin.report.scalars import Run, read_run
 except ModuleNotFoundError as error:
@@ -47,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     Raises UserError on a missing run, a run without events, and malformed samples or labels.
     """
     main, runs = _runs(args.run_dir, args.compare)
+    recorded = Path(args.run_dir) / FILE
+    records, notes = read_records(recorded) if recorded.exists() else ([], [])
     content = Content(
         run=main,
         runs=runs,
@@ -54,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
         after=read_samples(args.after) if args.after else [],
         summary=_read_summary(Path(args.run_dir) / "summary.json"),
         command=_command_line(args),
+        records=records,
+        notes=notes,
     )
     html, png = render(content), draw(runs)
     page, curves = _write(Path(args.out or args.run_dir), html, png)

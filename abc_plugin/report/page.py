@@ -5,16 +5,18 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
 from abc_plugin.report import compare
 from abc_plugin.report.curves import draw
+from abc_plugin.report.records import Record
 from abc_plugin.report.samples import Sample, mean_and_error, pair_up, spread_over_ranks
 from abc_plugin.report.scalars import REWARD, Run
-from abc_plugin.report.style import CSS
+from abc_plugin.report.style import document
 from abc_plugin.report.tokens import completion, legend, visible
+from abc_plugin.report.training import section
 
 SHOWN = 12  # completions on the page
 
@@ -35,9 +37,6 @@ METRICS = (
     ("Time to train", "s per step", ("train/timing/ppo_train",)),
 )
 
-# No script, and nothing from anywhere but this file: the browser enforces what the page promises.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
 
 @dataclass(frozen=True)
 class Content:
@@ -49,6 +48,8 @@ class Content:
     after: list[Sample]
     summary: dict[str, Any]  # empty: no summary.json
     command: str  # the words that made the page, for its footer
+    records: list[Record] = field(default_factory=list)  # completions recorded in training
+    notes: list[str] = field(default_factory=list)  # about the records
 
 
 def headline(content: Content) -> str:
@@ -82,15 +83,8 @@ def render(content: Content) -> str:
     sentence = headline(content)
     sections = [_samples_note(content), _summary(content.summary), _comparison(content.runs), _curves(content.runs)]
     sections += [_metrics(content.run), _completions(content.before, content.after)]
-    title = escape(f"{content.run.label}: report")
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{CSS}</style></head><body>\n"
-        f"<main><h1>{escape(sentence)}</h1>\n{''.join(sections)}</main>\n"
-        f"<footer>Made by <code>{escape(visible(content.command))}</code></footer></body></html>\n"
-    )
+    sections += [section(content.records, content.notes)]
+    return document(f"{content.run.label}: report", sentence, "".join(sections), visible(content.command))
 
 
 def _samples_note(content: Content) -> str:
@@ -180,7 +174,7 @@ def _completions(before: list[Sample], after: list[Sample]) -> str:
     else:
         return ""
     how = f"{len(shown)} of {total} {what}, the first and the last among them; none picked by hand."
-    signed = any(share < 0 for _, sides in shown for _, sample in sides for share in sample.credit)
+    signed = any(sample.signed for _, sides in shown for _, sample in sides)
     articles = "".join(_article(rank, total, sides) for rank, sides in shown)
     return f'<h2>Completions</h2><p class="muted">{how}</p>{legend(signed)}{articles}'
 

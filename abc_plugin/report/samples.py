@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,15 +19,45 @@ Item = TypeVar("Item")
 
 SUM_TOLERANCE = 0.02  # weights are written rounded
 
+# The usual ways to write a special token, for files that hold texts and no ids.
+SPECIAL = re.compile(r"<\|[^<>]*\|>|</?s>|<(pad|bos|eos|unk)>|<(start|end)_of_turn>|\[(PAD|SEP|CLS|UNK|EOS|BOS)\]")
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion: the tokens' texts join to it, ``credit`` has one weight per token and sums to 1."""
+    """One completion: the tokens' texts join to it, ``credit`` has one share per token.
+
+    Shares sum to 1. Signed ones sum to 1 in absolute value: a token above 0 raised the reward, one below lowered it.
+    A share of None is of a token that the policy did not choose (a tool's answer between its turns).
+    """
 
     prompt: str
     tokens: list[str]
-    credit: list[float]
+    credit: list[float | None]
     reward: float
+
+    @property
+    def caption(self) -> str:
+        """One line about the completion."""
+        return f"reward {self.reward:.2f} · {self.actions} tokens"
+
+    @cached_property
+    def actions(self) -> int:
+        """Number of tokens that the policy chose."""
+        return sum(share is not None for share in self.credit)
+
+    @property
+    def signed(self) -> bool:
+        """Whether some token has negative credit."""
+        return any(share < 0 for share in self.credit if share is not None)
+
+    def special(self, token: int) -> bool:
+        """Whether the token is a special one, by the looks of its text."""
+        return bool(SPECIAL.fullmatch(self.tokens[token].strip()))
+
+    def numbers(self, token: int) -> list[tuple[str, str]]:
+        """(what, value) of what is known of a token beside its credit."""
+        return [("reward", f"{self.reward:.2f}")]
 
 
 def read_samples(path: str | Path) -> list[Sample]:
@@ -34,19 +66,21 @@ def read_samples(path: str | Path) -> list[Sample]:
     Raises UserError, naming file and line, on a line that is not JSON, lacks a field, has a field of another type, a
     number that is not finite, other than one weight per token, or weights that do not sum to 1; and on an empty file.
     """
-    samples = []
+    samples = [_parse(line, f"{path}:{number}") for number, line in numbered_lines(path)]
+    if not samples:
+        raise UserError(f"samples file {path} is empty; abc-rlhf evaluate writes one")
+    return samples
+
+
+def numbered_lines(path: str | Path) -> list[tuple[int, str]]:
+    """The lines that are not blank, with their numbers. Raises UserError when there is no such file of text."""
     try:
         with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    samples.append(_parse(line, f"{path}:{number}"))
+            return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     except OSError as error:
         raise UserError(f"cannot read samples file {path}: {error.strerror}; abc-rlhf evaluate writes one") from None
     except UnicodeDecodeError:
         raise UserError(f"samples file {path} is not UTF-8 text; abc-rlhf evaluate writes one") from None
-    if not samples:
-        raise UserError(f"samples file {path} is empty; abc-rlhf evaluate writes one")
-    return samples
 
 
 def _parse(line: str, where: str) -> Sample:
@@ -54,13 +88,13 @@ def _parse(line: str, where: str) -> Sample:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error.msg}); write the file again with abc-rlhf evaluate") from None
-    problem = _problem(record)
+    problem = problem_of(record)
     if problem:
         raise UserError(f"{where}: {problem}; write the file again with abc-rlhf evaluate")
     return Sample(record["prompt"], record["tokens"], record["credit"], record["reward"])
 
 
-def _problem(record: Any) -> str | None:
+def problem_of(record: Any) -> str | None:
     """What is wrong with a parsed line, None if nothing is."""
     if not isinstance(record, dict):
         return "not an object with prompt, tokens, credit and reward"
@@ -72,18 +106,20 @@ def _problem(record: Any) -> str | None:
         return "prompt is not a string"
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         return "tokens is not a list of strings"
-    if not isinstance(credit, list) or not all(map(_is_finite, credit)):
+    if not isinstance(credit, list) or not all(share is None or is_finite(share) for share in credit):
         return "credit is not a list of finite numbers"
-    if not _is_finite(record["reward"]):
+    if not is_finite(record["reward"]):
         return f"reward {record['reward']!r} is not a finite number"
     if len(tokens) != len(credit):
         return f"{len(tokens)} tokens but {len(credit)} credit weights"
-    if tokens and abs(sum(credit) - 1.0) > SUM_TOLERANCE:
-        return f"credit sums to {sum(credit):.4g}, not to 1"
+    shares = [share for share in credit if share is not None]
+    sums = sum(shares), sum(map(abs, shares))
+    if any(shares) and all(abs(total - 1.0) > SUM_TOLERANCE for total in sums):
+        return f"credit sums to {sums[0]:.4g}, not to 1"
     return None
 
 
-def _is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

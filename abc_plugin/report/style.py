@@ -1,8 +1,26 @@
-"""The page's style sheet: no fonts, scripts or images from elsewhere; light and dark; one column on a phone."""
+"""Colours, and the frame of a page: no fonts, scripts or images from elsewhere; light and dark; one column on a phone.
+
+Credit is orange, negative credit blue: told apart by colour-blind readers, and each gets darker with its size.
+"""
+
+from __future__ import annotations
+
+from html import escape
+
+HOT, COLD, STRENGTH = (240, 120, 0), (90, 155, 255), 1.0
+
+
+def tint(intensity: float, *, negative: bool = False) -> str:
+    """A token's background on white, as #rrggbb; ``intensity`` in [0, 1] as ``tokens.intensity`` gives it."""
+    share = intensity * STRENGTH
+    return "#" + "".join(f"{round(255 + (part - 255) * share):02x}" for part in (COLD if negative else HOT))
+
+
+_LIGHT = f"--hot:{' '.join(map(str, HOT))}; --cold:{' '.join(map(str, COLD))}; --strength:{STRENGTH};"
 
 CSS = """
 :root { color-scheme: light dark; --page:#fff; --card:#f6f7f9; --ink:#1c1e21; --muted:#5c6370; --line:#d9dce1;
-  --hot:240 120 0; --cold:90 155 255; --strength:.85; }
+  LIGHT }
 @media (prefers-color-scheme: dark) { :root { --page:#16181c; --card:#1f2228; --ink:#e8e8e8; --muted:#a2a8b3;
   --line:#3a3d44; --hot:190 80 0; --cold:40 110 225; --strength:.85; } }
 * { box-sizing:border-box; }
@@ -39,6 +57,25 @@ article { margin:0 0 1.6rem; }
 .text:has(.t:hover) .t:focus:not(:hover)::after { content:none; }
 .legend p { margin:.4rem 0; } .swatches { display:flex; color:var(--ink); }
 .swatches .t { padding:.1em .6em; border-radius:0; }
+.t.given { background:none; color:var(--muted); }
+details { margin:0 0 .6rem; } summary { cursor:pointer; font-weight:600; padding:.3rem 0; }
+.chart { margin:.6rem 0 0; } .chart svg { display:block; height:3.2rem; }
+.chart .pos { fill:rgb(var(--hot)); } .chart .neg { fill:rgb(var(--cold)); } .chart line { stroke:var(--muted); }
 code { font-family:ui-monospace,monospace; font-size:.92em; overflow-wrap:anywhere; }
 footer { margin:2.5rem 0 1rem; padding-top:.8rem; border-top:1px solid var(--line); }
-"""
+""".replace("LIGHT", _LIGHT)
+
+# No script, and nothing from anywhere but this file: the browser enforces what the page promises.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def document(title: str, sentence: str, body: str, command: str) -> str:
+    """A whole page: ``body`` is HTML, the rest text."""
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{CSS}</style></head><body>\n"
+        f"<main><h1>{escape(sentence)}</h1>\n{body}</main>\n"
+        f"<footer>Made by <code>{escape(command)}</code></footer></body></html>\n"
+    )

@@ -7,8 +7,6 @@ from html import escape
 
 from abc_plugin.report.samples import Sample
 
-# The usual ways to write a special token; the samples file holds texts, not ids, so this goes by looks.
-SPECIAL = re.compile(r"<\|[^<>]*\|>|</?s>|<(pad|bos|eos|unk)>|<(start|end)_of_turn>|\[(PAD|SEP|CLS|UNK|EOS|BOS)\]")
 SWATCHES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # times the uniform share, in the legend
 
 
@@ -34,13 +32,24 @@ def token_text(token: str) -> str:
     return re.sub(r"(?<= ) | (?= )| (?=\n)| $", "·", visible(token))
 
 
-def token_span(token: str, share: float, tokens: int, reward: float) -> str:
-    """One token: --c is its intensity, class ``neg`` negative credit, data-tip the numbers shown on hover."""
-    classes = ["t"] + ["neg"] * (share < 0) + ["special"] * bool(SPECIAL.fullmatch(token.strip()))
-    tip = f"“{visible(token)}” · credit {100 * share:.1f} % ({share * tokens:.1f} × uniform) · reward {reward:.2f}"
+def in_words(sample: Sample, token: int) -> str:
+    """All numbers of a token on one line, for hovering."""
+    share, parts = sample.credit[token], [f"“{visible(sample.tokens[token])}”"]
+    if share is None:
+        parts.append("not chosen by the policy: no credit")
+    else:
+        parts.append(f"credit {100 * share:.1f} % ({share * sample.actions:.1f} × uniform)")
+    return " · ".join(parts + [f"{what} {value}" for what, value in sample.numbers(token)])
+
+
+def token_span(sample: Sample, token: int) -> str:
+    """One token: --c its intensity, class ``neg`` negative credit, ``given`` not the policy's, data-tip numbers."""
+    share = sample.credit[token]
+    classes = ["t"] + ["neg"] * (share is not None and share < 0) + ["special"] * sample.special(token)
+    classes += ["given"] * (share is None)
     return (
-        f'<span class="{" ".join(classes)}" style="--c:{intensity(share, tokens):.4f}" '
-        f'data-tip="{escape(tip)}" tabindex="-1">{escape(token_text(token))}</span>'
+        f'<span class="{" ".join(classes)}" style="--c:{intensity(share or 0.0, sample.actions):.4f}" '
+        f'data-tip="{escape(in_words(sample, token))}" tabindex="-1">{escape(token_text(sample.tokens[token]))}</span>'
     )
 
 
@@ -48,19 +57,21 @@ def completion(sample: Sample) -> str:
     """All tokens of a sample."""
     if not sample.tokens:
         return '<span class="muted">(no tokens)</span>'
-    length = len(sample.tokens)
-    shares = zip(sample.tokens, sample.credit, strict=True)
-    return "".join(token_span(token, share, length, sample.reward) for token, share in shares)
+    return "".join(token_span(sample, token) for token in range(len(sample.tokens)))
 
 
 def legend(signed: bool) -> str:
     """What the colours and marks mean, with a swatch per multiple of the uniform share."""
     swatches = "".join(_swatch(ratio) for ratio in (*(-r for r in SWATCHES[:2:-1] if signed), *SWATCHES))
-    negative = " Blue: negative credit, by its size." if signed else ""
+    rule = (
+        "Signed credit: orange raised the reward, blue lowered it; absolute shares of a response sum to 100 %."
+        if signed
+        else "Credit is the weight that the method gives the token; the weights of a response sum to 100 %."
+    )
     return (
         f'<div class="legend"><p class="swatches">{swatches}</p><p>Background: the token\'s share of the credit, as a '
-        f"multiple of the uniform share 1/n in a response of n tokens.{negative} Credit is the weight that the method "
-        "gives the token; the weights of a response sum to 100 %. Point at a token, or tap it, for its numbers.</p>"
+        f"multiple of the uniform share 1/n in a response of n tokens. {rule} Point at a token, or tap it, for its "
+        "numbers.</p>"
         "<p><b>↵</b> newline, <b>⇥</b> tab, <b>·</b> space at an end or in a row, <b>∅</b> token without text of its "
         'own, <span class="t special" style="--c:0">dashed</span> special token.</p></div>'
     )

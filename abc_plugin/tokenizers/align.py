@@ -58,6 +58,20 @@ def token_spans(tokenizer: Any, ids: list[int]) -> tuple[str, Tensor]:
     return text, torch.from_numpy(np.stack([bound[:-1], bound[1:]], axis=1))
 
 
+def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text of each id, for a reader: joined, they are the text that ``ids`` decode to.
+
+    A character whose bytes lie in several tokens belongs to the last of them; the others have no text of their own.
+    Tokens that ``token_spans`` cannot align are decoded one by one; a part of a character is then U+FFFD.
+    """
+    try:
+        text, spans_S2 = token_spans(tokenizer, ids)
+    except UserError:
+        return [tokenizer.decode([index], clean_up_tokenization_spaces=False) for index in ids]
+    bound_S2 = (spans_S2 + EPSILON).floor().long().tolist()
+    return [text[start:end] for start, end in bound_S2]
+
+
 class Pairs(NamedTuple):
     """Which source gives which share of its weight to which target; the shares of a source sum to 1."""
 

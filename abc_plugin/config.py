@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ CHOICES = {
     "recovery": ("auto", "tap", "eager-rerun"),
     "tokenizer_check": ("strict", "map", "off"),
     "reward_text": ("plain", "special", "chat"),
+    "segment": ("none", "sentence", "turn"),
 }
 
 
@@ -38,8 +40,31 @@ class ShapingConfig:
         "--shaping.layer",
         "last_full",
         str,
-        "reward model layer whose attention is read: last_full (last with full attention), last, or an index "
-        "(negative counts from the end)",
+        "layer whose attention is read, of the reward model or for abc_d of the policy: last_full (last with full "
+        "attention), last, or an index (negative counts from the end)",
+    )
+    heads: str = _setting(
+        "--shaping.heads", "all", str, "heads of that layer whose attention is averaged: all, or indices such as 0,3,5"
+    )
+    drop: str = _setting(
+        "--shaping.drop",
+        "none",
+        str,
+        "tokens whose share goes to the others: special, sinks (the last token, whose attention is read and which "
+        "attends to itself), special,sinks or none",
+    )
+    entropy_floor: float = _setting(
+        "--shaping.entropy_floor",
+        0.0,
+        float,
+        "least entropy of a response's credit, as a fraction of that of uniform credit, in [0, 1]: mixed with uniform "
+        "just enough",
+    )
+    segment: str = _setting(
+        "--shaping.segment",
+        "none",
+        str,
+        "credit is pooled on the last token of each sentence, or of each turn of an agent: none, sentence or turn",
     )
     recovery: str = _setting(
         "--shaping.recovery",
@@ -62,17 +87,50 @@ class ShapingConfig:
         "with map, what the reward model reads: plain (the sequence's text), special (and its own special tokens "
         "around it), or chat (prompt and response in its own chat template)",
     )
+    show_every: int = _setting(
+        "--shaping.show_every",
+        10,
+        int,
+        "record completions with credit, value and advantage per token in step 1 and every so many steps, for "
+        "abc-rlhf show and report; 0 never",
+    )
+    show_samples: int = _setting("--shaping.show_samples", 4, int, "completions recorded each time")
+    share_base: bool = _setting(
+        "--local.share_base", False, bool, "with LoRA: the critic is a second adapter and a head on the policy's base"
+    )
+    merge_adapter: bool = _setting(
+        "--local.merge_adapter", False, bool, "with LoRA: also save the policy with the adapter merged into its weights"
+    )
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.beta <= 1.0:
             raise UserError(f"--shaping.beta {self.beta} is outside [0, 1]; the reference runs used 0.8")
         if self.layer not in ("last_full", "last") and not self.layer.lstrip("-").isdecimal():
             raise UserError(f"--shaping.layer {self.layer!r} is neither last_full, last nor a layer index such as -1")
+        if self.heads != "all" and not all(word.isdecimal() for word in self.heads.split(",")):
+            raise UserError(f"--shaping.heads {self.heads!r} is neither all nor a list of head indices such as 0,3,5")
+        if unknown := self.dropped - {"special", "sinks"}:
+            raise UserError(f"--shaping.drop {min(unknown)!r} is none of special, sinks, or special,sinks, or none")
+        if not 0.0 <= self.entropy_floor <= 1.0:
+            raise UserError(f"--shaping.entropy_floor {self.entropy_floor} is outside [0, 1]; 0 sets none")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"--shaping.{name} {getattr(self, name)!r} is none of {', '.join(choices)}")
+        if self.show_every < 0 or self.show_samples < 1:
+            flag = f"--shaping.show_every {self.show_every}, --shaping.show_samples {self.show_samples}"
+            raise UserError(f"{flag}: give 0 (never) or more, and at least 1 completion")
         if self.reward_text != "plain" and self.tokenizer_check != "map":
             raise UserError(f"--shaping.reward_text {self.reward_text} needs --shaping.tokenizer_check map")
+
+    @property
+    def dropped(self) -> frozenset[str]:
+        """The kinds of ``--shaping.drop``."""
+        return frozenset(self.drop.split(",")) - {"none"}
+
+    @property
+    def head_list(self) -> list[int] | None:
+        """The indices of ``--shaping.heads``; None for all."""
+        return None if self.heads == "all" else sorted({int(word) for word in self.heads.split(",")})
 
     @property
     def dense(self) -> bool:
@@ -80,19 +138,20 @@ class ShapingConfig:
         return self.method != "none" and self.beta > 0.0
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add one flag per setting, with the dataclass's default."""
+def add_flags(parser: argparse.ArgumentParser, names: Container[str] | None = None) -> None:
+    """Add one flag per setting, or per one of those named, with the dataclass's default."""
     group = parser.add_argument_group("reward shaping (abc_plugin)")
     for setting in dataclasses.fields(ShapingConfig):
-        meta = setting.metadata
-        group.add_argument(
-            meta["flag"],
-            dest=f"shaping.{setting.name}",
-            metavar=setting.name.upper(),
-            type=meta["type"],
-            default=setting.default,
-            help=f"{meta['help']} (default {setting.default})",
-        )
+        if names is not None and setting.name not in names:
+            continue
+        flag, type_, help_ = (setting.metadata[key] for key in ("flag", "type", "help"))
+        dest = f"shaping.{setting.name}"
+        if type_ is bool:
+            group.add_argument(flag, dest=dest, action="store_true", help=help_)
+        else:
+            help_ += f" (default {setting.default})"
+            metavar = setting.name.upper()
+            group.add_argument(flag, dest=dest, metavar=metavar, type=type_, default=setting.default, help=help_)
 
 
 def split_flags(argv: list[str]) -> tuple[ShapingConfig, list[str]]:
@@ -109,6 +168,6 @@ def split_flags(argv: list[str]) -> tuple[ShapingConfig, list[str]]:
         raise UserError(str(error)) from None
     known = ", ".join(setting.metadata["flag"] for setting in dataclasses.fields(ShapingConfig))
     for word in rest:
-        if word.startswith(("--shaping.", "--reward_shaping")):
+        if word.startswith(("--shaping.", "--reward_shaping", "--local.")):
             raise UserError(f"unknown flag {word.split('=')[0]}; the plugin's flags are {known}")
     return ShapingConfig(**{name.removeprefix("shaping."): value for name, value in vars(ours).items()}), rest

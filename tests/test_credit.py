@@ -70,11 +70,13 @@ def test_registered_methods(name, weights):
     evidence = methods.Evidence(torch.zeros(1, 6), MASK[:1], ATTENTION[:1])
     method = methods.load(name)
     torch.testing.assert_close(method.weights(evidence), torch.tensor(weights))
-    assert method.needs_attention == (name == "abc")
+    assert method.needs == ({"attention"} if name == "abc" else set())
+    reward = torch.tensor([-2.0])
+    torch.testing.assert_close(method.credit(evidence, reward), -2 * torch.tensor(weights))
 
 
 def test_unknown_method_names_the_registered_ones():
-    with pytest.raises(UserError, match=r"'abd' is not registered; registered: abc, none, uniform"):
+    with pytest.raises(UserError, match=r"'abd' is not registered; registered: abc, abc_d, .*, uniform"):
         methods.load("abd")
 
 
@@ -91,22 +93,34 @@ def fake_entry_points(monkeypatch, **objects):
 class FirstToken:
     """A third party's method."""
 
-    needs_attention = False
+    needs = frozenset()
 
     @staticmethod
-    def weights(evidence):
-        return last_action(evidence.action_mask_BA.flip(1)).flip(1)
+    def credit(evidence, reward_B):
+        return reward_B[:, None] * last_action(evidence.action_mask_BA.flip(1)).flip(1)
+
+
+class Greedy(FirstToken):
+    needs = {"tokens"}
 
 
 MALFORMED = object()
 
 
 def test_a_third_party_method_is_loaded_and_collisions_are_errors(monkeypatch):
-    fake_entry_points(monkeypatch, first=["FirstToken"], bad=["MALFORMED"], twice=["FirstToken", "MALFORMED"])
+    entries = {
+        "first": ["FirstToken"],
+        "greedy": ["Greedy"],
+        "bad": ["MALFORMED"],
+        "twice": ["FirstToken", "MALFORMED"],
+    }
+    fake_entry_points(monkeypatch, **entries)
     evidence = methods.Evidence(torch.zeros(1, 6), MASK[:1])
-    assert methods.load("first").weights(evidence).tolist() == [[0, 1, 0, 0, 0]]
-    with pytest.raises(UserError, match="lacks needs_attention or weights"):
+    assert methods.load("first").credit(evidence, torch.tensor([2.0])).tolist() == [[0, 2, 0, 0, 0]]
+    with pytest.raises(UserError, match="lacks needs or credit"):
         methods.load("bad")
+    with pytest.raises(UserError, match="needs 'tokens', none of attention, prefix"):
+        methods.load("greedy")
     with pytest.raises(UserError, match="registered twice"):
         methods.load("twice")
 

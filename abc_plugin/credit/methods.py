@@ -1,12 +1,14 @@
 """The registry behind ``--reward_shaping``, filled from the entry-point group ``abc_plugin.reward_shaping``.
 
-A method is one object with two members:
+A method is one object:
 
-    needs_attention: bool              # ask the reward model for its attention row
-    weights(evidence) -> (B, A)        # fp32, rows sum to 1, 0 off the actions
+    needs: frozenset[str]                        # names of NEEDS: what the models must be asked for
+    credit(evidence, reward_B) -> (B, A)         # fp32, reward units, rows sum to reward_B, 0 off the actions
+    weights(evidence) -> (B, A), or None         # of methods made by ``share``: credit = reward · weights
 
 A package adds one by declaring, e.g. in its setup.py,
-``entry_points={"abc_plugin.reward_shaping": ["mine = my_package.my_module:METHOD"]}``.
+``entry_points={"abc_plugin.reward_shaping": ["mine = my_package.my_module:METHOD"]}``; ``METHOD = share(function)``
+is enough for a method that gives every token a share of the reward.
 """
 
 from __future__ import annotations
@@ -21,28 +23,42 @@ from abc_plugin.credit.redistribute import last_action, response_weights, unifor
 from abc_plugin.errors import UserError
 
 GROUP = "abc_plugin.reward_shaping"
+NEEDS = ("attention", "prefix", "gradient", "policy", "policy_last")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a method may look at, for one batch of responses."""
+    """What a method may look at, for one batch of responses; a field is None where the method does not need it.
+
+    Entry t of an action axis belongs to the token of action t, position t + 1 of the sequence.
+    """
 
     sequences_BS: Tensor
     action_mask_BA: Tensor
-    attention_BA: Tensor | None = None  # attention of the score token on the token of each action; None if not needed
+    attention_BA: Tensor | None = None  # reward model: of the score token on the action's token, >= 0
+    prefix_BA: Tensor | None = None  # reward model: the score head read at the action's token, score units
+    gradient_BA: Tensor | None = None  # reward model: gradient x input of the score on the token's embedding, signed
+    policy_BA: Tensor | None = None  # policy: attention on the action's token, mean over the generation's rows, >= 0
+    policy_last_BA: Tensor | None = None  # policy: of the step that chose the last token, >= 0
 
 
 @dataclass(frozen=True)
 class Method:
     """A credit method; see the module's text for the contract."""
 
-    needs_attention: bool
-    weights: Callable[[Evidence], Tensor]
+    needs: frozenset[str]
+    credit: Callable[[Evidence, Tensor], Tensor]
+    weights: Callable[[Evidence], Tensor] | None = None
 
 
-NONE = Method(False, lambda evidence: last_action(evidence.action_mask_BA))
-UNIFORM = Method(False, lambda evidence: uniform_weights(evidence.action_mask_BA))
-ABC = Method(True, lambda evidence: response_weights(evidence.attention_BA, evidence.action_mask_BA))
+def share(weights: Callable[[Evidence], Tensor], *needs: str) -> Method:
+    """The method credit[b,t] = reward[b]·weights[b,t]; weights >= 0, rows sum to 1, 0 off the actions."""
+    return Method(frozenset(needs), lambda evidence, reward_B: reward_B.float()[:, None] * weights(evidence), weights)
+
+
+NONE = share(lambda evidence: last_action(evidence.action_mask_BA))
+UNIFORM = share(lambda evidence: uniform_weights(evidence.action_mask_BA))
+ABC = share(lambda evidence: response_weights(evidence.attention_BA, evidence.action_mask_BA), "attention")
 
 
 def available() -> list[str]:
@@ -63,6 +79,8 @@ def load(name: str) -> Method:
         raise UserError(f"--reward_shaping {name!r} is registered twice: {' and '.join(sorted(points))}; remove one")
     [point] = points.values()
     method = point.load()
-    if not hasattr(method, "needs_attention") or not callable(getattr(method, "weights", None)):
-        raise UserError(f"{point.value} (--reward_shaping {name}) lacks needs_attention or weights(evidence)")
-    return method
+    if not hasattr(method, "needs") or not callable(getattr(method, "credit", None)):
+        raise UserError(f"{point.value} (--reward_shaping {name}) lacks needs or credit(evidence, reward_B)")
+    if unknown := set(method.needs) - set(NEEDS):
+        raise UserError(f"{point.value} (--reward_shaping {name}) needs {min(unknown)!r}, none of {', '.join(NEEDS)}")
+    return Method(frozenset(method.needs), method.credit, getattr(method, "weights", None))

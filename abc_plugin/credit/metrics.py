@@ -23,6 +23,8 @@ def credit_metrics(
 ) -> dict[str, Tensor]:
     """Per-response metrics (B,), fp32, logged beside the host's own.
 
+    weight_BA: the method's weights; of signed credit |credit| / sum |credit|.
+
     credit_entropy              -sum w ln w, nats; ln(number of actions) when uniform
     credit_last_token           share of credit on the last action
     credit_special_tokens       share of credit on special tokens (special_BA: bool, the action's token is special)
@@ -36,3 +38,14 @@ def credit_metrics(
         "credit_special_tokens": (weight_BA * special_BA).sum(1),
         "credit_conservation_error": (dense_BA.double().sum(1) - reward_B.double()).abs().float(),
     }
+
+
+def negative_share(credit_BA: Tensor) -> Tensor:
+    """Of sum |credit|, what lies on tokens of negative credit, (B,) fp32 in [0, 1]; 0 where there is no credit."""
+    total_B = credit_BA.abs().sum(1)
+    return (-credit_BA.clamp_max(0.0)).sum(1) / total_B.where(total_B > 0, 1.0)
+
+
+def mean_disagreement(disagreement_BA: Tensor, share_BA: Tensor) -> Tensor:
+    """Disagreement of the reward models per token (``shaping.disagreement``), mean weighted by credit, (B,) fp32."""
+    return (disagreement_BA * share_BA).sum(1)

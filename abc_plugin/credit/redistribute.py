@@ -68,3 +68,29 @@ def redistribute(reward_B: Tensor, weight_BA: Tensor, action_mask_BA: Tensor, *,
         raise ValueError(f"weight rows must sum to 1; row {int(error.argmax())} is off by {error.max().item():.3g}")
     mixed = beta * weight_BA.float() + (1.0 - beta) * last_action(mask)
     return reward_B.float()[:, None] * mixed
+
+
+def mix(reward_B: Tensor, credit_BA: Tensor, action_mask_BA: Tensor, beta: float | Tensor) -> Tensor:
+    """``redistribute`` of credit in reward units, also signed, with a beta for every token if wanted.
+
+    out[b,t] = beta[b,t]·credit[b,t] + (reward[b] - sum_u beta[b,u]·credit[b,u])·[t == last action of b]
+
+    With one beta for all, and rows of credit that sum to the reward, the last term is (1 - beta)·reward: equation 8.
+    credit_BA: 0 off the actions, rows sum to reward_B.  beta: in [0, 1], a number or (B, A).
+    Returns fp32 (B, A), reward units; rows sum to reward_B to fp32 rounding, rows without actions are zero.
+    Raises ValueError on other shapes, NaN, credit off the actions, a row that does not sum to its reward.
+    """
+    _check("credit", credit_BA, action_mask_BA.shape)
+    _check("reward", reward_B, action_mask_BA.shape[:1])
+    mask = action_mask_BA.bool()
+    if (credit_BA[~mask] != 0).any():
+        raise ValueError("credit is not zero outside the response: it is shifted or was not masked")
+    credit, reward = credit_BA.double(), torch.where(mask.any(1), reward_B.double(), 0.0)
+    error = (credit.sum(1) - reward).abs() / (1.0 + credit.abs().sum(1))
+    if (error > 1e-3).any():
+        raise ValueError(
+            f"credit must sum to the reward; row {int(error.argmax())} is off by {error.max().item():.3g}"
+        )
+    dense = beta * credit
+    rest = (reward - dense.sum(1))[:, None]
+    return (dense + last_action(mask) * rest).float()

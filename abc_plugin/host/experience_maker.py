@@ -13,22 +13,25 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from torch import Tensor
 
 from abc_plugin.credit import methods
-from abc_plugin.credit.metrics import credit_metrics, without_attention
-from abc_plugin.credit.redistribute import redistribute
+from abc_plugin.credit.metrics import credit_metrics, mean_disagreement, negative_share, without_attention
 from abc_plugin.errors import CreditError
 from abc_plugin.host import remote_credit
+from abc_plugin.host.credited import shape_batch, special_actions
 from abc_plugin.host.options import flag
+from abc_plugin.host.policy_attention import PolicyBatch
 from abc_plugin.host.reward_model import ScoredBatch
 
 
 class CreditExperienceMaker(host.RemoteExperienceMaker):
     """OpenRLHF's experience maker with ``--reward_shaping``.
 
-    The attention row comes back with the reward, is split off in ``_flatten_results`` and kept on its experience; that
+    Evidence comes back with the reward, is split off in ``_flatten_results`` and kept on its experience; the attention
     of a remote reward comes as spans over the text. The credit made of it replaces the final reward inside the host's
     ``compute_reward``, after the host's baselines, penalties and clipping, so that the return is unchanged. No host
     method is copied; with ``none`` or beta 0 the host's own runs untouched.
     """
+
+    parts: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None  # rewards' parts by mask, while records.py asks
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
@@ -36,6 +39,7 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
         self.method = methods.load(self.shaping.method)
         self.announced = False
         self._scored: list[ScoredBatch] = []
+        self._from_policy: list[dict[str, Tensor]] = []
         self._spans: dict[int, Tensor] = {}
 
     @property
@@ -66,6 +70,9 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
         if results and isinstance(results[0], ScoredBatch):
             self._scored = results
             return [scored.reward_B for scored in results]
+        if results and isinstance(results[0], PolicyBatch):
+            self._from_policy = [batch.evidence for batch in results]
+            return [batch.action_log_probs_BA for batch in results]
         return results
 
     def _dispatch_forward(self, group: object, sync_condition: bool, **batches: list) -> list:
@@ -75,25 +82,30 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
 
     @torch.no_grad()
     def make_experience(self, samples_list: list[Experience]) -> list[Experience]:
-        """The host's method; each experience also gets ``attention_BS`` where the method needs it.
+        """The host's method; each experience also gets ``evidence`` where the method needs any.
 
-        Raises CreditError when the reward came without attention.
+        ``evidence`` is a list with one entry per reward model: a need's name -> (B, S) over the whole sequence.
+        Raises CreditError when the reward came without it.
         """
-        self._scored = []
+        self._scored, self._from_policy = [], []
         self._for_mapping = {
             "action_mask": [samples.action_mask for samples in samples_list],
             "prompts": [samples.prompts for samples in samples_list],
         }
         experiences = super().make_experience(samples_list)
         if self._scored and len(self._scored) != len(experiences):
-            raise CreditError(f"{len(self._scored)} batches of attention rows for {len(experiences)} experiences")
+            raise CreditError(f"{len(self._scored)} batches of evidence for {len(experiences)} experiences")
         for experience, scored in zip(experiences, self._scored, strict=False):
             experience.info |= scored.info
-        if self.shaping.dense and self.method.needs_attention:
-            rows = [scored.attention_BS for scored in self._scored] or map(self._remote_rows, experiences)
-            for experience, row_BS in zip(experiences, rows, strict=True):
-                experience.attention_BS = row_BS
+        if self.shaping.dense:
+            for row, experience in enumerate(experiences):
+                experience.evidence = self._scored[row].evidence if self._scored else self._remote(experience)
+                if self._from_policy:
+                    experience.evidence = [member | self._from_policy[row] for member in experience.evidence]
         return experiences
+
+    def _remote(self, experience: Experience) -> list[dict[str, Tensor]]:
+        return [{"attention": self._remote_rows(experience)} if "attention" in self.method.needs else {}]
 
     def _remote_rows(self, experience: Experience) -> Tensor:
         """Weights (B, S) from the spans that came with the rewards; counts what had to be moved."""
@@ -105,7 +117,8 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
                     f"--reward_shaping {self.shaping.method}: the reward of sample {index} came without credit. Its "
                     f"attention is known where {flag(self.args, 'reward.model_name_or_path')} scores, or a server "
                     "started by abc-rlhf serve-rm, or a reward function that returns "
-                    f'extra_logs["{remote_credit.CREDIT}"]; a rule has none: use --reward_shaping uniform or none'
+                    f'extra_logs["{remote_credit.CREDIT}"]; a rule has none: use --reward_shaping uniform, '
+                    "abc_d or none"
                 )
             real = experience.attention_mask[row].bool()
             row_BS[row, real], share = remote_credit.attention_row(
@@ -125,13 +138,13 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
     def compute_advantages_and_returns(self, experiences: list[Experience]) -> list[Experience]:
         """The host's method, with its ``compute_reward`` replaced for the length of the call.
 
-        Raises CreditError when an experience has no attention row, when a row or a reward is not usable, or when the
+        Raises CreditError when an experience has no evidence, when evidence or a reward is not usable, or when the
         host does not ask for the reward of every experience exactly once.
         """
         if not self.shaping.dense:
             return super().compute_advantages_and_returns(experiences)
         # The host hands compute_reward the experience's own action_mask object: that ties credit to experience.
-        waiting = {id(experience.action_mask): (experience, self._weight(experience)) for experience in experiences}
+        waiting = {id(experience.action_mask): (experience, self._members(experience)) for experience in experiences}
         stock = host.compute_reward
 
         def compute_reward(
@@ -139,8 +152,8 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
         ) -> Tensor:
             if id(action_mask) not in waiting:
                 raise CreditError("OpenRLHF asked for the reward of an experience without credit, or asked twice")
-            experience, weight_BA = waiting.pop(id(action_mask))
-            return self._shaped_reward(stock, experience, weight_BA, r, kl_coef, kl, reward_clip_range)
+            experience, members = waiting.pop(id(action_mask))
+            return self._shaped_reward(stock, experience, members, r, kl_coef, kl, reward_clip_range)
 
         with mock.patch.object(host, "compute_reward", compute_reward):
             experiences = super().compute_advantages_and_returns(experiences)
@@ -148,25 +161,31 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
             raise CreditError(f"OpenRLHF skipped the reward of {len(waiting)} experiences: their credit is lost")
         return experiences
 
-    def _weight(self, experience: Experience) -> Tensor:
-        """The method's weights (B, A); takes the attention row off the experience."""
-        row_BS = vars(experience).pop("attention_BS", None)
-        if self.method.needs_attention and (row_BS is None or row_BS.shape != experience.sequences.shape):
-            found = "none" if row_BS is None else tuple(row_BS.shape)
-            raise CreditError(f"attention row {found} for sequences of shape {tuple(experience.sequences.shape)}")
+    def _members(self, experience: Experience) -> list[methods.Evidence]:
+        """What the method needs, by reward model; takes it off the experience."""
         _check_finite("the reward", experience.rewards, experience)
-        if row_BS is not None:
-            _check_finite("the attention", row_BS, experience)
-        row_BA = None if row_BS is None else row_BS[:, 1:]  # action t is the choice of token t + 1
-        if row_BA is not None:
-            experience.info["credit_without_attention"] = without_attention(row_BA, experience.action_mask)
-        return self.method.weights(methods.Evidence(experience.sequences, experience.action_mask, row_BA))
+        return [self._evidence(experience, member) for member in vars(experience).pop("evidence", [{}])]
+
+    def _evidence(self, experience: Experience, member: dict[str, Tensor]) -> methods.Evidence:
+        """What the method needs of one reward model, by action. Raises CreditError where it is missing or misfits."""
+        rows_BA = {}
+        for name in sorted(self.method.needs):
+            row_BS = member.get(name)
+            if row_BS is None or row_BS.shape != experience.sequences.shape:
+                found = "none" if row_BS is None else tuple(row_BS.shape)
+                raise CreditError(f"{name} row {found} for sequences of shape {tuple(experience.sequences.shape)}")
+            _check_finite(f"the {name}", row_BS, experience)
+            rows_BA[f"{name}_BA"] = row_BS[:, 1:]  # action t is the choice of token t + 1
+        for name in rows_BA.keys() & {"attention_BA", "policy_BA", "policy_last_BA"}:
+            attended = without_attention(rows_BA[name], experience.action_mask)
+            experience.info["credit_without_attention"] = attended
+        return methods.Evidence(experience.sequences, experience.action_mask, **rows_BA)
 
     def _shaped_reward(
         self,
         stock: Callable,
         experience: Experience,
-        weight_BA: Tensor,
+        members: list[methods.Evidence],
         reward_B: Tensor,
         kl_coef: float,
         kl_BA: Tensor,
@@ -177,10 +196,18 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
         _check_finite("the KL penalty (the policy or the reference has diverged)", kl_BA, experience)
         penalty_BA = stock(torch.zeros_like(reward_B), kl_coef, kl_BA, mask_BA, None)
         clipped_B = stock(reward_B, 0.0, torch.zeros_like(kl_BA), mask_BA, clip_range).sum(1)
-        dense_BA = redistribute(clipped_B, weight_BA, mask_BA, beta=self.shaping.beta)
-        special_BA = torch.isin(experience.sequences[:, 1:], torch.tensor(self.text_tokenizer.all_special_ids))
-        experience.info |= credit_metrics(weight_BA, dense_BA, clipped_B, mask_BA, special_BA)
-        return dense_BA + penalty_BA
+        shaped = shape_batch(self.shaping, self.method, members, clipped_B, self.text_tokenizer, self.shaping.beta)
+        special_BA = special_actions(self.text_tokenizer, experience.sequences)
+        experience.info |= credit_metrics(shaped.share_BA, shaped.reward_BA, clipped_B, mask_BA, special_BA)
+        if self.method.weights is None:
+            experience.info["credit_negative_share"] = negative_share(shaped.credit_BA)
+        if len(members) > 1:
+            apart_B = mean_disagreement(shaped.disagreement_BA, shaped.share_BA)
+            experience.info["credit_disagreement"] = apart_B
+        if self.parts is not None:
+            credit_BA = shaped.credit_BA if self.method.weights is None else shaped.share_BA
+            self.parts[id(mask_BA)] = (credit_BA, shaped.reward_BA, penalty_BA)
+        return shaped.reward_BA + penalty_BA
 
 
 def _check_finite(what: str, value: Tensor, experience: Experience) -> None:

@@ -1,4 +1,4 @@
-"""The reward model's worker: score and attention row from one forward."""
+"""The reward model's worker: the score, and what credit is made of, from one forward."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from abc_plugin.credit import methods
 from abc_plugin.host import normalisation
 from abc_plugin.host.actors import undecorated
 from abc_plugin.host.checks import check_models
+from abc_plugin.host.ensemble import mean_info, mean_score
 from abc_plugin.host.options import option
-from abc_plugin.recovery import attach
+from abc_plugin.host.quantised import keep_gradients_exact
+from abc_plugin.recovery.evidence import attach_readers, record, rows
 from abc_plugin.tokenizers.check import side
 from abc_plugin.tokenizers.compare import compare
 from abc_plugin.tokenizers.mapping import MappedBatch, map_batch
@@ -26,7 +28,7 @@ class ScoredBatch(NamedTuple):
     """What travels from the reward model to the experience maker, on the CPU."""
 
     reward_B: Tensor
-    attention_BS: Tensor | None  # of the token the score is read at, over all positions, fp32; None if not needed
+    evidence: list[dict[str, Tensor]]  # one per reward model: a need's name -> (B, S) over all positions, fp32
     info: dict[str, Tensor]  # metrics (B,)
 
 
@@ -65,29 +67,47 @@ def own_tokens(args: Namespace, reward_model: str) -> OwnTokens | None:
     return mapping if mapping.needed else None
 
 
-class CreditRewardModel(undecorated(RewardModelActor)):
-    """OpenRLHF's reward-model worker.
+class Member(NamedTuple):
+    """One reward model of a worker."""
 
-    With a method that needs attention, or a model that reads its own tokens (``--shaping.tokenizer_check map``), its
-    forward returns a ScoredBatch.
+    model: Any
+    readers: dict[str, Any]  # what attach_readers gives
+    own_tokens: OwnTokens | None
+
+
+class CreditRewardModel(undecorated(RewardModelActor)):
+    """OpenRLHF's reward-model worker, of one reward model or, with commas in its path, of several.
+
+    With a method that needs something of the reward model, with several, or with one that reads its own tokens
+    (``--shaping.tokenizer_check map``), its forward returns a ScoredBatch.
     """
 
-    attention: Any = None  # what attach gives
-    own_tokens: OwnTokens | None = None
+    members: list[Member]
 
     def init_model_from_pretrained(self, strategy: object, pretrain: str) -> None:
-        """Load the model as the host does, attach the tap and fire it once, before any rollout is made."""
+        """Load each model as the host does, attach the readers and fire them once, before any rollout is made."""
+        if not getattr(strategy.args, "shaping_checked", True):  # the models were not on the driver's machine
+            check_models(strategy.args, strategy.args.shaping)
+        self.members = []
+        for path in pretrain.split(","):
+            super().init_model_from_pretrained(strategy, path.strip())
+            self.members.append(self._member(strategy, path.strip()))
+            self._setup_distributed = lambda _strategy: None  # the process group is there for the next one
+
+    def _member(self, strategy: Any, path: str) -> Member:
         args, shaping = strategy.args, strategy.args.shaping
-        if not getattr(args, "shaping_checked", True):  # the models were not on the driver's machine
-            check_models(args, shaping)
-        super().init_model_from_pretrained(strategy, pretrain)
         if normalisation.normalises(args):
             strategy.print(f"abc_plugin: reward normalisation restored: {normalisation.restore(self.model)}")
-        self.own_tokens = own_tokens(args, pretrain)
-        if shaping.dense and methods.load(shaping.method).needs_attention:
-            self.attention = attach(self.model, layer=shaping.layer, recovery=shaping.recovery)
-            strategy.print(f"abc_plugin: {self.attention.describe()}")
-            self._score(torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.long))
+        needs = methods.load(shaping.method).needs if shaping.dense else ()
+        if "gradient" in needs:
+            keep_gradients_exact(self.model)
+        about = {"layer": shaping.layer, "recovery": shaping.recovery, "heads": shaping.head_list}
+        member = Member(self.model, attach_readers(self.model, needs, **about), own_tokens(args, path))
+        for reader in member.readers.values():
+            strategy.print(f"abc_plugin: {reader.describe()}")
+        if member.readers:
+            self._score(member, torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.long))
+        return member
 
     def forward(
         self,
@@ -99,26 +119,50 @@ class CreditRewardModel(undecorated(RewardModelActor)):
     ) -> Tensor | ScoredBatch:
         """Host signature; the experience maker adds ``action_mask`` and ``prompts`` where text is mapped.
 
-        The row is that of ``attention_mask``'s last position, where the host reads the score.
+        The score, and a row of attention, are those of ``attention_mask``'s last position; of several models the score
+        is the mean.
         """
-        if self.own_tokens is None:
-            reward_B, row_BS = self._score(sequences, attention_mask, **kwargs)
-            return reward_B if row_BS is None else ScoredBatch(reward_B, row_BS, {})
-        mapped = self.own_tokens(sequences, attention_mask, action_mask, prompts)
-        reward_B, row_BL = self._score(mapped.input_ids_BL, mapped.attention_mask_BL, **kwargs)
-        info = {"reward_truncated": mapped.truncated_B.float()}
-        if row_BL is None:
-            return ScoredBatch(reward_B, None, info)
-        row_BS, moved_B = mapped.to_policy(row_BL)
-        return ScoredBatch(reward_B, row_BS.float(), info | {"credit_moved": moved_B.float()})
+        scored = [
+            self._of(member, sequences, attention_mask, action_mask, prompts, **kwargs) for member in self.members
+        ]
+        reward_B, apart = mean_score([one.reward_B for one in scored])
+        evidence, info = [one.evidence[0] for one in scored], mean_info([one.info for one in scored]) | apart
+        return ScoredBatch(reward_B, evidence, info) if info or any(evidence) else reward_B
 
-    def _score(self, sequences: Tensor, attention_mask: Tensor, **kwargs: object) -> tuple[Tensor, Tensor | None]:
-        """The host's forward; the row beside it where attention is needed."""
-        if self.attention is None:
-            return super().forward(sequences, attention_mask, **kwargs), None
-        with self.attention.record(attention_mask.to(torch.cuda.current_device()), **self._groups()) as recording:
+    def _of(
+        self,
+        member: Member,
+        sequences: Tensor,
+        attention_mask: Tensor,
+        action_mask: Tensor | None,
+        prompts: list[str] | None,
+        **kwargs: object,
+    ) -> ScoredBatch:
+        """What one model makes of the policy's sequences, by the policy's tokens."""
+        if member.own_tokens is None:
+            reward_B, evidence = self._score(member, sequences, attention_mask, **kwargs)
+            return ScoredBatch(reward_B, [evidence], {})
+        mapped = member.own_tokens(sequences, attention_mask, action_mask, prompts)
+        reward_B, evidence = self._score(member, mapped.input_ids_BL, mapped.attention_mask_BL, **kwargs)
+        info = {"reward_truncated": mapped.truncated_B.float()}
+        for name, row_BL in evidence.items():
+            row_BS, _ = mapped.to_policy(row_BL)
+            _, moved_B = mapped.to_policy(row_BL.abs())  # of signed rows the parts that move might cancel
+            evidence[name] = row_BS.float()
+            info["credit_moved"] = moved_B.float()
+        return ScoredBatch(reward_B, [evidence], info)
+
+    def _score(
+        self, member: Member, sequences: Tensor, attention_mask: Tensor, **kwargs: object
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The host's forward, and what was read beside it."""
+        self.model = member.model
+        if not member.readers:
+            return super().forward(sequences, attention_mask, **kwargs), {}
+        mask_BS = attention_mask.to(torch.cuda.current_device())
+        with record(member.readers, mask_BS, **self._groups()) as recordings:
             reward_B = super().forward(sequences, attention_mask, **kwargs)
-        return reward_B, recording.row_BS.to("cpu")
+        return reward_B, rows(recordings)
 
     def _groups(self) -> dict[str, ProcessGroup]:
         """The process groups over which this model's sequences and heads are split, where they are."""

@@ -32,7 +32,7 @@ def attach(
     reference (``rerun.EagerRerun``), which costs a second run of the layer's attention.
     row: "mask": the token of the mask's last 1, where OpenRLHF reads the score; "pad_token": of the last id that is
     not padding, where AutoModelForSequenceClassification reads (pass record() the input_ids too); "cls": of the mask's
-    first 1.  per_head: keep recording.row_BHS too.
+    first 1; record(queries_BS=...) takes the mean of those rows instead.  per_head: keep recording.row_BHS too.
     Raises UserError, naming the model, where the row would not be exact; ``describe`` says what is in use, and where.
     """
     if recovery not in RECOVERIES:

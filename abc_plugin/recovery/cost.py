@@ -117,7 +117,7 @@ def measure(model: PreTrainedModel, batch: int, tokens: int, repeats: int) -> Co
         try:
             with _prepared(variant, model, inputs) as forward:
                 operations[variant] = _operations(forward)
-                peak[variant] = _peak(forward, model.device)
+                peak[variant] = peak_bytes(forward, model.device)
         except torch.OutOfMemoryError:
             operations.pop(variant, None)
     seconds: dict[str, list[float]] = {variant: [] for variant in peak}
@@ -125,7 +125,7 @@ def measure(model: PreTrainedModel, batch: int, tokens: int, repeats: int) -> Co
         for variant in (VARIANTS[place] for place in ORDERS[repeat % len(ORDERS)]):
             if variant in seconds:
                 with _prepared(variant, model, inputs) as forward:
-                    seconds[variant].append(_seconds(forward, model.device))
+                    seconds[variant].append(seconds_of(forward, model.device))
     return Cost(batch, tokens, seconds, peak, operations)
 
 
@@ -152,7 +152,7 @@ def _recorded(recovery: Recovery, model: PreTrainedModel, inputs: dict[str, Tens
     return recording.row_BS
 
 
-def _seconds(forward: Callable[[], object], device: torch.device) -> float:
+def seconds_of(forward: Callable[[], object], device: torch.device) -> float:
     """CPU seconds, which other processes disturb less; on CUDA wall seconds between two synchronisations."""
     if device.type == "cpu":
         start = time.process_time()
@@ -165,7 +165,7 @@ def _seconds(forward: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _peak(forward: Callable[[], object], device: torch.device) -> int:
+def peak_bytes(forward: Callable[[], object], device: torch.device) -> int:
     """Bytes that tensors hold at the most during the forward, above what they held before."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)

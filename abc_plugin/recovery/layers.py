@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from abc_plugin.errors import UserError
 
-REMEDY = "use a reward model such as llama, qwen2, qwen3, mistral, gemma3, gpt2 or opt"
+REMEDY = "use a model such as llama, qwen2, qwen3, mistral, gemma3, gpt2 or opt"
 
 # Attention modules that bypass transformers' attention interface and hand out the weights they compute themselves
 # (their flash variants are other classes, and compute none). Only classes of the parity table belong here.
@@ -77,7 +77,7 @@ def attention_layers(model: Any, *, outside: bool = False) -> dict[int, nn.Modul
         if index >= _layers_run(part, config):
             continue
         if index in found:
-            raise UserError(f"{name} has two attention modules in layer {index}; use a decoder-only reward model")
+            raise UserError(f"{name} has two attention modules in layer {index}; use a decoder-only model")
         found[index] = part
     if not found:
         raise UserError(f"{name} is not supported: it has no attention module of transformers' usual form; {REMEDY}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from abc_plugin.errors import CreditError, UserError
+from abc_plugin.recovery.averaged import averaged_matrix
 from abc_plugin.recovery.layers import REMEDY, model_name, pretrained, target_layer
 from abc_plugin.recovery.recording import Recording, unpacked_faults
 from abc_plugin.recovery.rows import ROWS, row_positions
@@ -57,10 +58,11 @@ class MatrixReader(ABC):
         attention_mask_BS: Tensor,
         input_ids_BS: Tensor | None = None,
         *,
+        queries_BS: Tensor | None = None,
         ring_group: ProcessGroup | None = None,
         head_group: ProcessGroup | None = None,
     ) -> Iterator[MatrixRecording]:
-        """Record the row during one forward of the model on a padded batch (B, S) with this mask."""
+        """Record the row, or the mean of several, during one forward of the model on a padded batch (B, S)."""
         if not self._hooks:
             raise CreditError(f"{self.describe()}: closed; attach again")
         if self.recording is not None:
@@ -70,10 +72,10 @@ class MatrixReader(ABC):
         self._check_support()  # the implementation may have been changed since
         pad_token_id = getattr(self.config, "pad_token_id", None)
         position_B = row_positions(self.row, attention_mask_BS, input_ids_BS, pad_token_id)
-        recording = MatrixRecording(attention_mask_BS, position_B, self.describe(), per_head=self.per_head)
-        self.recording = recording
+        about, wanted = self.describe(), {"per_head": self.per_head, "queries_BS": queries_BS}
+        self.recording = MatrixRecording(attention_mask_BS, position_B, about, **wanted)
         try:
-            yield recording
+            yield self.recording
         finally:
             self.recording = None
 
@@ -126,14 +128,17 @@ class MatrixRecording(Recording):
         self._faults = unpacked_faults(arguments.get("position_ids"), self._mask_BS.to(hidden_BSD.device))
 
     def keep_weights(self, weights_BHSS: Tensor) -> None:
-        """Take the row at the positions; that of a sequence of padding only is zero."""
+        """Take the row at the positions, or the mean of several; that of a sequence of padding only is zero."""
         self.fired += 1
         tokens, keys = self._mask_BS.shape[1], weights_BHSS.shape[3]
         if keys != tokens:
             raise CreditError(
                 f"{self._about}: {keys} keys for {tokens} tokens: a cache; run whole sequences without it"
             )
-        row_BHS = own_row(weights_BHSS, self.position_B)
+        if self._queries_BS is None:
+            row_BHS = own_row(weights_BHSS, self.position_B)
+        else:
+            row_BHS = averaged_matrix(weights_BHSS, self._asked(weights_BHSS.device))
         self._keep(row_BHS * self._mask_BS.any(1).to(row_BHS)[:, None, None], None)
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from abc_plugin.errors import CreditError
 from abc_plugin.recovery.parallel import place, sum_over
-from abc_plugin.recovery.row import fp32_product, softmax_row, visible_and_bias, visible_keys
+from abc_plugin.recovery.row import fp32_product, softmax_rows, visible_and_bias, visible_keys
 
 MISMATCH = "{} do not begin where the recorded mask's sequences begin"
 Fault = tuple[Tensor, str]  # (bool on the device, what it means when true): read later, so that no forward waits
@@ -65,12 +66,22 @@ def packed_row(
     query_LKGD = query_BHD.view(-1, key_heads, heads // key_heads, width)[packing.sequence_L]
     logits_LH = fp32_product(query_LKGD, key_1KLD[0].transpose(0, 1)[..., None]).view(tokens, heads)
     logits_BHS = logits_LH[packing.index_BS].transpose(1, 2) * (width**-0.5 if scaling is None else scaling)
-    visible_BS = visible_keys(packing.mask_BS, packing.position_B, causal, window) & packing.here_BS
-    visible, bias = visible_BS[:, None], None
+    visible_B1S = visible_keys(packing.mask_BS, packing.position_B[:, None], causal, window)
+    visible, bias = visible_B1S & packing.here_BS[:, None], None
     if mask is not None and mask.ndim == 4:
         visible, bias = (_to_sequences(row, packing) for row in visible_and_bias(_mask_rows(mask, packing)))
         visible = visible & packing.here_BS[:, None]
-    return softmax_row(logits_BHS, visible, bias, softcap, sinks_H, packing.ring_group)
+    return softmax_rows(logits_BHS, visible, bias, softcap, sinks_H, packing.ring_group)
+
+
+def unpacked(packing: Packing, query_1HLD: Tensor, key_1KLD: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Query and key of the stream at the padded batch's positions, (B, H, S, D); arbitrary at padding.
+
+    Raises CreditError where the stream's own mask keeps sequences apart: none runs that way but in tests.
+    """
+    if mask is not None:
+        raise CreditError("the mean of several rows of packed sequences is read under flash attention only")
+    return tuple(x_1HLD[0][:, packing.index_BS].transpose(0, 1) for x_1HLD in (query_1HLD, key_1KLD))
 
 
 def _mask_rows(mask_11TT: Tensor, packing: Packing) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from abc_plugin.errors import CreditError
-from abc_plugin.recovery.packed import Fault, Packing, packed_row, packing_faults
+from abc_plugin.recovery.averaged import averaged_row
+from abc_plugin.recovery.packed import Fault, Packing, packed_row, packing_faults, unpacked
 from abc_plugin.recovery.parallel import all_heads, head_mean, heads_by_rank, place, sum_over
 from abc_plugin.recovery.row import attention_row
 
@@ -31,14 +32,20 @@ class Recording:
         about: str,
         *,
         per_head: bool = False,
+        queries_BS: Tensor | None = None,
         ring_group: ProcessGroup | None = None,
         head_group: ProcessGroup | None = None,
     ) -> None:
+        if queries_BS is not None and queries_BS.shape != mask_BS.shape:
+            raise CreditError(f"{about}: queries of {tuple(queries_BS.shape)} for a mask of {tuple(mask_BS.shape)}")
+        if queries_BS is not None and ring_group is not None:
+            raise CreditError(f"{about}: the mean of several rows needs whole sequences; use no ring attention")
         self.position_B = position_B
         self.fired = 0
         self._mask_BS = mask_BS.bool()
         self._about = about
         self._per_head = per_head
+        self._queries_BS = None if queries_BS is None else queries_BS.bool()
         self._ring_group, self._head_group = ring_group, head_group
         self._row_BS: Tensor | None = None
         self._row_BHS: Tensor | None = None
@@ -46,7 +53,7 @@ class Recording:
 
     @property
     def row_BS(self) -> Tensor:
-        """The row, mean over heads, fp32 (B, S), detached, on the model's device; the same on every process.
+        """The row, or the mean of the rows of ``queries``; mean over heads, fp32 (B, S), the same on every process.
 
         Raises CreditError unless the layer ran exactly once, on sequences laid out as the mask says, and the row is
         finite.
@@ -102,11 +109,25 @@ class Recording:
             packing = Packing(mask_BS, position_B, query_BHSD.shape[2], self._ring_group)
             faults = packing_faults(packing, mask, options, _is_flash(module))
             self._faults = [(wrong, f"packed sequences, but {meaning}; {PACKING}") for wrong, meaning in faults]
-            row_BHS = packed_row(packing, query_BHSD, key_BKSD, **heeded)
+            if self._queries_BS is None:
+                row_BHS = packed_row(packing, query_BHSD, key_BKSD, **heeded)
+            else:
+                padded = unpacked(packing, query_BHSD, key_BKSD, mask)
+                row_BHS = averaged_row(*padded, self._asked(mask_BS.device), **heeded | {"mask": mask_BS})
         else:
-            row_BHS = attention_row(query_BHSD, key_BKSD, position_B, **heeded)
             self._faults = unpacked_faults(options.get("position_ids"), mask_BS)
+            if self._queries_BS is None:
+                row_BHS = attention_row(query_BHSD, key_BKSD, position_B, **heeded)
+            else:
+                row_BHS = averaged_row(query_BHSD, key_BKSD, self._asked(mask_BS.device), **heeded)
         self._keep(row_BHS, getattr(module.config, "num_attention_heads", None))
+
+    def _asked(self, device: torch.device) -> Tensor:
+        """Whose rows to average, (B, S), noting the fault of a query that is padding."""
+        queries_BS = self._queries_BS.to(device)
+        padding = (queries_BS & ~self._mask_BS.to(device)).any()
+        self._faults.append((padding, "a row asked for is that of a padding token"))
+        return queries_BS
 
     def _keep(self, row_BHS: Tensor, expected_heads: int | None) -> None:
         """Reduce over heads and processes, and note the fault of heads that are missing."""

@@ -75,6 +75,7 @@ class AttentionTap:
         attention_mask_BS: Tensor,
         input_ids_BS: Tensor | None = None,
         *,
+        queries_BS: Tensor | None = None,
         ring_group: ProcessGroup | None = None,
         head_group: ProcessGroup | None = None,
     ) -> Iterator[Recording]:
@@ -83,6 +84,8 @@ class AttentionTap:
         The model may run on the padded batch (B, S), padding left, right or in between, or on one stream (1, T) of the
         mask's real tokens in order, packed; recording.row_BS is (B, S) in both cases.
         input_ids_BS: for row="pad_token", the padded batch's.
+        queries_BS: bool, on the padded batch; in place of the one row the mean of these queries' rows
+        (``averaged.averaged_row``). Not in a ring, and of packed sequences under flash attention only.
         ring_group: the stream, padded to a multiple of the group's size, is split over it in rank order.
         head_group: the layer's heads are split over it. Every process of a group records the same mask and gets the
         whole row.
@@ -97,6 +100,7 @@ class AttentionTap:
             row_positions(self.row, attention_mask_BS, input_ids_BS, self.module.config.pad_token_id),
             self.describe(),
             per_head=self.per_head,
+            queries_BS=queries_BS,
             ring_group=ring_group,
             head_group=head_group,
         )

@@ -38,25 +38,29 @@ def test_the_commands_are_the_ones_that_exist(capsys):
 def test_the_flags_exist(capsys):
     assert main(["local", "--help"]) == 0
     ray_driver._print_help()
-    for command in ("evaluate", "report", "prepare", "bench recovery", "bench parity", "check-tokenizers"):
+    benches = [f"bench {name}" for name in ("recovery", "methods", "parity")]
+    for command in ("evaluate", "report", "prepare", "show", "audit", "lab", "check-tokenizers", *benches):
         with pytest.raises(SystemExit):
             main([*command.split(), "--help"])
     known = capsys.readouterr().out
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w.]+", README))
     assert len(flags) > 8
-    assert not {flag for flag in flags if flag not in known}
+    of_launchers = {"--module", "--nproc_per_node", "--num_gpus"}
+    assert not {flag for flag in flags - of_launchers if flag not in known}
 
 
 def test_the_metrics_are_the_ones_logged():
     zeros = torch.zeros(1, 1)
     logged = credit_metrics(zeros, zeros, zeros[0], zeros, zeros)
-    assert set(re.findall(r"`(credit_\w+)`", README)) == {*logged, "credit_moved", "credit_without_attention"}
-    assert "credit_moved" in inspect.getsource(reward_model)
-    assert "credit_without_attention" in inspect.getsource(experience_maker)
+    others = {"credit_moved", "credit_without_attention", "credit_negative_share", "credit_disagreement"}
+    assert set(re.findall(r"`(credit_\w+)`", README)) == {*logged, *others}
+    sources = inspect.getsource(reward_model) + inspect.getsource(experience_maker)
+    assert all(f'"{name}"' in sources for name in others)
 
 
 def test_the_python_example_runs(tiny):
-    [_, code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    text = (ROOT / "abc_plugin" / "recovery" / "README.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     model = AutoModelForSequenceClassification.from_pretrained(tiny / "reward_model").eval()
     ids = torch.randint(5, 1000, (2, 7))
     names = {"reward_model": model, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -65,7 +69,7 @@ def test_the_python_example_runs(tiny):
 
 
 def test_the_driver_example_runs():
-    [code, _] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
     try:
         exec(code, names)

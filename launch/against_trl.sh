@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Speed of `abc-rlhf local` with credit against TRL's PPO trainer (experimental, last shipped in TRL 1.11), on the embedded
+# models: runs in turn, seconds per step side by side. About 10 minutes on two idle cores; needs .venv-trl (3 MB).
+#
+#   bash launch/against_trl.sh                              REPEATS=3 for more pairs
+#   bash launch/against_trl.sh --batch 16 --new_tokens 64   another shape
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/imdb.sh"
+python=${VIRTUAL_ENV:-$PWD/.venv}/bin/python
+if [ ! -e .venv-trl/made ]; then
+    "$python" -m venv --clear .venv-trl
+    "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$(.venv-trl/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+    .venv-trl/bin/python -m pip install --quiet --no-deps trl==1.11.0 accelerate==1.15.0
+    touch .venv-trl/made
+fi
+out=${OUT:-runs/against_trl}
+mkdir -p "$out"
+for repeat in $(seq "${REPEATS:-2}"); do
+    for side in abc trl; do
+        echo "against_trl: $side, $repeat of ${REPEATS:-2}"
+        if [ $side = trl ]; then interpreter=.venv-trl/bin/python; else interpreter=$python; fi
+        "$interpreter" launch/against_trl.py $side "$demo/policy" "$demo/reward_model" "$demo/prompts.jsonl" \
+            "$out/$side-$repeat.json" "$@" > "$out/$side-$repeat.log" 2>&1 || { tail -n 5 "$out/$side-$repeat.log" >&2; exit 1; }
+    done
+done
+"$python" - "$out" <<'REPORT'
+import json, statistics, sys
+from pathlib import Path
+
+for kind in ("wall", "cpu"):
+    medians = {}
+    for side in ("abc", "trl"):
+        runs = [json.loads(path.read_text()) for path in sorted(Path(sys.argv[1]).glob(f"{side}-*.json"))]
+        medians[side] = [statistics.median(run[kind]) for run in runs]
+        batch = runs[0]["batch"]
+    ratio = statistics.median(b / a for a, b in zip(medians["abc"], medians["trl"]))
+    said = ", ".join(f"{side} {' '.join(f'{value:.2f}' for value in values)} s per step ({batch / statistics.median(values):.2f} samples/s)" for side, values in medians.items())
+    print(f"{kind}: {said}; trl / abc = {ratio:.2f}")
+REPORT

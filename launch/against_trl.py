@@ -2,8 +2,8 @@
 
     python launch/against_trl.py abc|trl POLICY REWARD_MODEL PROMPTS OUT.json --steps 6 --batch 32 --new_tokens 16
 
-On both sides the same models in bf16, prompts, batch, completion length, epochs, mini-batches and micro-batches: policy,
-reference, reward model, and a critic that starts from it. Wall and CPU seconds are read at the end of each step.
+The same models on both sides in bf16, prompts, batch, completion length, epochs and batches within:
+policy, reference, reward model, and a critic that starts from it. Wall and CPU seconds are read at the end of a step.
 """
 
 import argparse

@@ -29,7 +29,7 @@ ppo=(
     --actor.adam.lr 1.41e-5 --actor.adam.betas 0.9 0.999 --actor.lr_scheduler constant --actor.max_norm 0
     --critic.adam.lr 1.41e-5 --critic.adam.betas 0.9 0.999 --critic.lr_scheduler constant --critic.max_norm 0
     --algo.kl.init_coef 0.2 --algo.kl.horizon 10000 --algo.kl.estimator k1
-    --reward.clip_range -1e9 1e9
+    --reward.clip_range -1000000 1000000
     --rollout.temperature 1 --rollout.top_p 1
     --train.batch_size "${RANKS:-1}" --train.micro_batch_size 1
 )

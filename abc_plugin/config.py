@@ -99,7 +99,7 @@ class ShapingConfig:
         "--local.share_base", False, bool, "with LoRA: the critic is a second adapter and a head on the policy's base"
     )
     merge_adapter: bool = _setting(
-        "--local.merge_adapter", False, bool, "with LoRA: also save the policy with the adapter merged into its weights"
+        "--local.merge_adapter", False, bool, "with LoRA: also save the policy with the adapter merged into it"
     )
 
     def __post_init__(self) -> None:

@@ -18,7 +18,9 @@ MUST_NOT_IMPORT = {
     "abc_plugin.credit.methods, abc_plugin.credit.metrics": ("transformers", "openrlhf", "ray", "deepspeed", "peft"),
     "abc_plugin.recovery.tap, abc_plugin.recovery.rerun": ("openrlhf", "ray", "deepspeed", "peft"),
     "abc_plugin.tokenizers": ("torch", "transformers", "openrlhf"),
+    "abc_plugin.report.show": ("torch", "transformers", "openrlhf", "matplotlib", "tensorboard"),
     "abc_plugin.report.command": ("torch", "transformers", "openrlhf"),
+    "abc_plugin.audit.command": ("openrlhf", "ray", "deepspeed", "peft"),
     "abc_plugin.demo.prepare": ("openrlhf", "ray", "deepspeed"),
 }
 

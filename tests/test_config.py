@@ -23,11 +23,17 @@ def test_defaults_and_what_is_left_for_the_host():
         (["--shaping.beta", "1.5"], r"--shaping.beta 1.5 is outside \[0, 1\]"),
         (["--shaping.beta", "nan"], "--shaping.beta nan is outside"),
         (["--shaping.beta", "half"], "invalid float value: 'half'"),
+        (["--shaping.show_every", "-1"], "--shaping.show_every -1, --shaping.show_samples 4: give 0"),
+        (["--shaping.show_samples", "0"], "--shaping.show_samples 0: give 0 .never. or more, and at least 1"),
         (["--shaping.layer", "middle"], "--shaping.layer 'middle' is neither"),
         (
             ["--shaping.bta", "0.5"],
             "unknown flag --shaping.bta; the plugin's flags are --reward_shaping, --shaping.beta",
         ),
+        (["--shaping.heads", "0,b"], "--shaping.heads '0,b' is neither all nor a list"),
+        (["--shaping.drop", "special,sink"], "--shaping.drop 'sink' is none of special, sinks"),
+        (["--shaping.entropy_floor", "2"], r"--shaping.entropy_floor 2.0 is outside \[0, 1\]"),
+        (["--shaping.segment", "word"], "--shaping.segment 'word' is none of none, sentence, turn"),
         (["--reward_shapin=abc"], None),
         (["--reward_shaping"], "expected one argument"),
     ],
@@ -44,6 +50,12 @@ def test_bad_flags(words, message):
 @pytest.mark.parametrize(("method", "beta", "dense"), [("none", 0.8, False), ("abc", 0.0, False), ("abc", 0.1, True)])
 def test_dense(method, beta, dense):
     assert ShapingConfig(method, beta).dense is dense
+
+
+def test_lists_of_heads_and_kinds():
+    given = ShapingConfig("abc", heads="5,0,5", drop="special,sinks")
+    assert given.head_list == [0, 5] and given.dropped == {"special", "sinks"}
+    assert ShapingConfig().head_list is None and ShapingConfig().dropped == frozenset()
 
 
 def test_frozen():

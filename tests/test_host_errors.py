@@ -7,6 +7,7 @@ import pytest
 from conftest import local_flags, run_python
 
 from abc_plugin import cli
+from abc_plugin.credit import methods
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,7 @@ GOOD_ROWS = [{"input": "The film", "other": 1}] * 8
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"reward_shaping": "abcd"}, r"--reward_shaping 'abcd' is not registered; registered: abc, none, uniform"),
+        ({"reward_shaping": "abcd"}, r"--reward_shaping 'abcd' is not registered; registered: abc, abc_d, "),
         ({"shaping.beta": 1.2}, r"--shaping.beta 1.2 is outside [0, 1]"),
         ({"shaping.layer": 7, "reward_shaping": "abc"}, "layer 7 is out of range"),
         (
@@ -177,14 +178,25 @@ def test_exit_status_and_one_line_in_a_process_of_its_own(tiny, tmp_path):
     result = run_python("-m", "abc_plugin", "local", *local_flags(tiny, tmp_path, **{"reward_shaping": "abd"}))
     assert result.returncode == 2
     assert result.stdout == ""
+    known = ", ".join(methods.available())
     assert result.stderr.strip().splitlines() == [
-        "abc-rlhf: error: --reward_shaping 'abd' is not registered; registered: abc, none, uniform"
+        f"abc-rlhf: error: --reward_shaping 'abd' is not registered; registered: {known}"
     ]
 
 
-def test_several_processes_are_refused(tiny, tmp_path, capsys, monkeypatch):
+def test_several_processes_without_a_launcher_are_refused(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "WORLD_SIZE=2: abc-rlhf local runs one process" in said(capsys, local_flags(tiny, tmp_path))
+    error = said(capsys, local_flags(tiny, tmp_path))
+    assert "WORLD_SIZE=2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set: start the ranks with torchrun" in error
+
+
+def test_batches_that_two_ranks_cannot_share_are_refused(tiny, tmp_path, capsys, monkeypatch):
+    launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, str(value))
+    error = said(capsys, local_flags(tiny, tmp_path, **{"rollout.micro_batch_size": 8}))
+    assert "a rollout has 8 completions (8 prompts, --rollout.n_samples_per_prompt 1), which 2 ranks cannot" in error
+    assert "--rollout.micro_batch_size 4 would do" in error
 
 
 def test_help_shows_both_sets_of_flags(capsys):

@@ -1,6 +1,7 @@
 """The local driver, for real: OpenRLHF's train() on tiny models, in processes of their own."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from abc_plugin.cli import main
+from abc_plugin.report.records import read_records
 
 # The stock host in one process: everything of this driver but the plugin's experience maker and reward-model worker.
 STOCK = """
@@ -81,6 +83,25 @@ def test_abc_trains_another_policy_and_logs_its_metrics(runs, tiny):
     assert summary["reward_mean"] == pytest.approx(sum(values["train/rollout/reward_mean"]) / 3, abs=1e-6)
 
 
+def test_completions_are_recorded_and_shown(runs, capsys):
+    for method in ("none", "abc"):
+        out, result = runs[method]
+        records, notes = read_records(out / "completions.jsonl")
+        assert [record.step for record in records] == [1] * 4 and notes == []
+        assert f"completions: abc-rlhf show {out}" in result.stdout
+        for record in records:
+            assert sum(record.credit) == pytest.approx(1.0, abs=1e-4)
+            assert (max(record.credit) == 1.0) == (method == "none" or len(record.tokens) == 1)
+            assert sum(record.columns["shaped_reward"]) == pytest.approx(record.spread_reward, abs=1e-3)
+            assert set(record.columns) == {"shaped_reward", "kl_penalty", "value", "advantage", "return"}
+        assert main(["show", str(out)]) == 0
+        said = capsys.readouterr().out
+        assert "step 1 · sample" in said and "recorded steps: 1" in said
+    [directory] = (out / "tensorboard").iterdir()
+    [picture] = EventAccumulator(str(directory)).Reload().Images("completions/credit")
+    assert picture.step == 1 and picture.width > 1000
+
+
 def test_the_trained_policy_loads_in_transformers_and_evaluates(runs, tiny, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
 
@@ -125,21 +146,19 @@ def test_interrupt_keeps_the_checkpoints_and_resume_goes_on(tiny, tmp_path):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs inherit it ignored
     )
-    latest = tmp_path / "checkpoints" / "_actor" / "latest"
+    complete = tmp_path / "checkpoints" / "complete"
     deadline = time.time() + 200
-    while time.time() < deadline and not latest.exists():
+    while time.time() < deadline and not list(complete.glob("*/manifest.json")):
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err[-2000:]
-    assert "stopped; checkpoints kept: " in out
-    tag = latest.read_text().strip()
-    assert tag in out
-    step = int(tag.removeprefix("global_step"))
+    step = max(int(path.parent.name.removeprefix("global_step")) for path in complete.glob("*/manifest.json"))
+    assert re.search(rf"stopped; checkpoints kept: step ([\d, ]+, )?{step} in {tmp_path}/checkpoints;", out)
     flags = local_flags(tiny, tmp_path, **{"train.num_episodes": step // 3 + 1, "reward_shaping": "uniform"})
     result = run_python("-m", "abc_plugin", "local", *flags, "--ckpt.load_enable")
     assert result.returncode == 0, result.stderr[-2000:]
-    assert f"done: {(step // 3 + 1) * 3 - step} steps" in result.stdout
+    assert f"done: {(step // 3 + 1) * 3} steps ({step} of them before the checkpoint)" in result.stdout
 
 
 @pytest.mark.parametrize("method", ["abc", "uniform"])

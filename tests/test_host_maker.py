@@ -60,7 +60,7 @@ def experience(seed, rows=4, length=9, first=0):
         index=list(range(first, first + rows)),
         info={},
     )
-    exp.attention_BS = torch.rand(rows, length, generator=rng)
+    exp.evidence = [{"attention": torch.rand(rows, length, generator=rng)}]
     return exp
 
 
@@ -113,7 +113,7 @@ def test_the_reward_that_reaches_gae_by_hand(monkeypatch):
         index=[0],
         info={},
     )
-    exp.attention_BS = torch.tensor([[0.4, 0.1, 0.1, 0.3, 0.1, 0.0]])
+    exp.evidence = [{"attention": torch.tensor([[0.4, 0.1, 0.1, 0.3, 0.1, 0.0]])}]
     seen = []
     original = maker.get_advantages_and_returns
     monkeypatch.setattr(
@@ -128,13 +128,13 @@ def test_the_reward_that_reaches_gae_by_hand(monkeypatch):
     torch.testing.assert_close(
         exp.info["credit_special_tokens"], torch.tensor([0.2])
     )  # token id 1 closes the response
-    assert "attention_BS" not in vars(exp)  # nothing extra goes into the replay buffer
+    assert "evidence" not in vars(exp)  # nothing extra goes into the replay buffer
 
 
 def test_a_response_without_attention_is_counted():
     """Row 3 has no actions; row 1 has some and no attention on them, on the prompt alone."""
     experiences = batch()
-    experiences[1].attention_BS[1] = torch.tensor([0.5, 0.5] + [0.0] * 7)
+    experiences[1].evidence[0]["attention"][1] = torch.tensor([0.5, 0.5] + [0.0] * 7)
     made = make(CreditExperienceMaker, ShapingConfig("abc")).compute_advantages_and_returns(experiences)
     assert [one.info["credit_without_attention"].tolist() for one in made] == [[0.0] * 4, [0.0, 1.0, 0.0, 0.0]]
     torch.testing.assert_close(made[1].info["credit_entropy"][1], torch.tensor(5.0).log())  # uniform over 5 actions
@@ -151,8 +151,8 @@ def test_order_of_experiences_does_not_matter():
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda exp: vars(exp).pop("attention_BS"), "attention row none"),
-        (lambda exp: setattr(exp, "attention_BS", exp.attention_BS[:, 1:]), r"attention row \(4, 8\)"),
+        (lambda exp: vars(exp).pop("evidence"), "attention row none"),
+        (lambda exp: exp.evidence[0].update(attention=torch.rand(4, 8)), r"attention row \(4, 8\)"),
     ],
 )
 def test_missing_or_misfitting_attention_stops_the_run(damage, message):
@@ -182,7 +182,7 @@ def test_nan_reward_stops_the_run():
 
 def test_credit_is_split_from_the_reward_and_a_reward_without_it_stops_the_run(monkeypatch):
     maker = make(CreditExperienceMaker, ShapingConfig("abc"))
-    scored = ScoredBatch(torch.tensor([1.0]), torch.rand(1, 9), {})
+    scored = ScoredBatch(torch.tensor([1.0]), [{"attention": torch.rand(1, 9)}], {})
     monkeypatch.setattr("openrlhf.trainer.ppo_utils.experience_maker.ray.get", lambda refs: refs)
 
     def host_method(self, samples):
@@ -193,10 +193,10 @@ def test_credit_is_split_from_the_reward_and_a_reward_without_it_stops_the_run(m
     monkeypatch.setattr(RemoteExperienceMaker, "make_experience", host_method)
     results = [[scored], [scored]]
     made = maker.make_experience(batch())
-    assert all(exp.attention_BS is scored.attention_BS for exp in made)
+    assert all(exp.evidence is scored.evidence for exp in made)
     results = [[scored]]
-    with pytest.raises(CreditError, match="1 batches of attention rows for 2 experiences"):
+    with pytest.raises(CreditError, match="1 batches of evidence for 2 experiences"):
         maker.make_experience(batch())
     results = []
-    with pytest.raises(CreditError, match="reward of sample 0 came without credit.*serve-rm.*uniform or none"):
+    with pytest.raises(CreditError, match="reward of sample 0 came without credit.*serve-rm.*uniform, abc_d or none"):
         maker.make_experience(batch())

@@ -84,17 +84,18 @@ def test_the_worker_scores_the_text_in_its_own_tokens(other, tmp_path, monkeypat
     action_mask = torch.zeros(1, ids.shape[1] - 1, dtype=torch.long)
     action_mask[:, 3:] = 1
     mapped = worker(other, monkeypatch, ShapingConfig("abc", tokenizer_check="map"), extra=extra)
-    reward_B, row_BS, info = mapped.forward(ids, mask, action_mask=action_mask, prompts=["The film"])
+    reward_B, [evidence], info = mapped.forward(ids, mask, action_mask=action_mask, prompts=["The film"])
     alone = worker(other, monkeypatch, ShapingConfig("abc"))
     own_ids = torch.tensor([own(text, add_special_tokens=False)["input_ids"]])
-    expected_B, own_row_BL, _ = alone.forward(own_ids, torch.ones_like(own_ids))
+    expected_B, [own], _ = alone.forward(own_ids, torch.ones_like(own_ids))
     torch.testing.assert_close(reward_B, expected_B)
-    torch.testing.assert_close(row_BS.sum(1), own_row_BL.sum(1))
+    row_BS = evidence["attention"]
+    torch.testing.assert_close(row_BS.sum(1), own["attention"].sum(1))
     assert row_BS.shape == ids.shape and info["credit_moved"] == 0.0 and info["reward_truncated"] == 0.0
     uniform = worker(other, monkeypatch, ShapingConfig("uniform", tokenizer_check="map"), extra=extra)
     scored = uniform.forward(ids, mask, action_mask=action_mask, prompts=["The film"])
     torch.testing.assert_close(scored.reward_B, expected_B)
-    assert scored.attention_BS is None
+    assert scored.evidence == [{}]
 
 
 @pytest.mark.parametrize(("text", "special"), [("plain", False), ("special", True), ("chat", False)])

@@ -1,4 +1,4 @@
-"""The worker's row on OpenRLHF's own reward model, and rollouts by transformers in the host's form."""
+"""The worker's row on OpenRLHF's own reward model."""
 
 import json
 import shutil
@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
 
 from abc_plugin.config import ShapingConfig
-from abc_plugin.errors import CreditError, UserError
+from abc_plugin.errors import CreditError
 from abc_plugin.host.adapt import import_host
 
 import_host()
@@ -19,7 +19,7 @@ from openrlhf.trainer.ray.launcher import BaseModelActor, RewardModelActor  # no
 
 from abc_plugin.host.actors import undecorated  # noqa: E402
 from abc_plugin.host.arguments import parse  # noqa: E402
-from abc_plugin.host.generation import generate  # noqa: E402
+from abc_plugin.host.quantised import plain_weight, quantised_layers  # noqa: E402
 from abc_plugin.host.reward_model import CreditRewardModel  # noqa: E402
 from abc_plugin.recovery.rerun import rerun_eager_row  # noqa: E402
 
@@ -35,6 +35,7 @@ def worker(tiny, monkeypatch, shaping, attention="sdpa", extra=(), args=None):
         "reward",
         attn_implementation=attention,
         normalize_reward=args.reward.normalize_enable,
+        load_in_4bit=args.ds.load_in_4bit,
     ).eval()
 
     def load(self, strategy, pretrain):
@@ -61,7 +62,8 @@ def test_score_is_the_stock_one_and_the_row_is_the_eager_one(tiny, monkeypatch, 
     stock = worker(tiny, monkeypatch, ShapingConfig("none"), attention)
     expected_B = stock.forward(*batch, pad_sequence=True)
     tapped = worker(tiny, monkeypatch, ShapingConfig("abc", layer=layer), attention)
-    reward_B, row_BS, _ = tapped.forward(*batch, pad_sequence=True)
+    reward_B, [evidence], _ = tapped.forward(*batch, pad_sequence=True)
+    row_BS = evidence["attention"]
     assert torch.equal(reward_B, expected_B)
     ids, mask = batch
     position = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
@@ -76,7 +78,7 @@ def test_score_is_the_stock_one_and_the_row_is_the_eager_one(tiny, monkeypatch, 
 @pytest.mark.parametrize("shaping", [ShapingConfig("none"), ShapingConfig("uniform"), ShapingConfig("abc", 0.0)])
 def test_without_need_of_attention_the_worker_is_the_stock_one(tiny, monkeypatch, batch, shaping):
     self = worker(tiny, monkeypatch, shaping)
-    assert self.attention is None
+    assert self.members[0].readers == {}
     assert isinstance(self.forward(*batch), torch.Tensor)
 
 
@@ -96,60 +98,72 @@ def test_a_tap_that_does_not_fire_stops_the_worker_at_the_start(tiny, monkeypatc
         worker(tiny, monkeypatch, ShapingConfig("abc"))
 
 
+def test_an_ensemble_scores_the_mean_and_hands_over_what_each_model_says(tiny, tmp_path, monkeypatch, batch):
+    shutil.copytree(tiny / "reward_model", tmp_path / "reward_model")
+    weights = load_file(tmp_path / "reward_model/model.safetensors")
+    weights["score.weight"] = weights["score.weight"].flip(1).contiguous()
+    save_file(weights, tmp_path / "reward_model/model.safetensors", metadata={"format": "pt"})
+    shaping = ShapingConfig("prefix")
+    alone = [worker(home, monkeypatch, shaping).forward(*batch) for home in (tiny, tmp_path)]
+    both = worker(tiny, monkeypatch, shaping)
+    both.members += worker(tmp_path, monkeypatch, shaping).members
+    reward_B, evidence, info = both.forward(*batch)
+    first_B, second_B = (one.reward_B.float() for one in alone)
+    torch.testing.assert_close(reward_B, (first_B + second_B) / 2)
+    torch.testing.assert_close(info["reward_disagreement"], (first_B - second_B).abs() / 2)
+    for member, one in zip(evidence, alone, strict=True):
+        assert torch.equal(member["prefix"], one.evidence[0]["prefix"])
+    assert both.model is both.members[1].model
+
+
+@pytest.mark.parametrize(("method", "need"), [("prefix", "prefix"), ("grad_input", "gradient")])
+def test_reading_the_score_at_every_token_or_its_gradient_leaves_it_as_it_was(tiny, monkeypatch, batch, method, need):
+    stock_B = worker(tiny, monkeypatch, ShapingConfig("none")).forward(*batch)
+    reward_B, [evidence], _ = worker(tiny, monkeypatch, ShapingConfig(method)).forward(*batch)
+    assert torch.equal(reward_B, stock_B) and not reward_B.requires_grad
+    row_BS, last_B = evidence[need], batch[1].shape[1] - 1 - batch[1].flip(1).argmax(1)
+    assert (row_BS[batch[1] == 0] == 0).all() and row_BS.dtype == torch.float32
+    if need == "prefix":
+        assert torch.equal(row_BS[torch.arange(3), last_B], stock_B.float())
+
+
+def test_the_score_of_a_prefix_is_normalised_as_the_score_is(tiny, tmp_path, monkeypatch, batch):
+    shutil.copytree(tiny / "reward_model", tmp_path / "reward_model")
+    config = json.loads((tmp_path / "reward_model/config.json").read_text()) | {"mean": 1.5, "std": 0.5}
+    (tmp_path / "reward_model/config.json").write_text(json.dumps(config))
+    normal = worker(tmp_path, monkeypatch, ShapingConfig("prefix"), extra=["--reward.normalize_enable"])
+    reward_B, [evidence], _ = normal.forward(*batch)
+    last_B = batch[1].shape[1] - 1 - batch[1].flip(1).argmax(1)
+    torch.testing.assert_close(evidence["prefix"][torch.arange(3), last_B], reward_B.float(), atol=2e-2, rtol=1e-2)
+
+
+def test_gradients_go_through_4_bit_weights_whatever_ran_before(tiny, monkeypatch, batch):
+    pytest.importorskip("bitsandbytes")
+    flags = ["--ds.load_in_4bit"]
+    four = worker(tiny, monkeypatch, ShapingConfig("grad_input"), extra=flags)
+    _, [first], _ = four.forward(*batch)
+    with torch.no_grad():
+        four.model(*batch)  # on some CPUs bitsandbytes would now repack the weights for a kernel without backward
+    _, [second], _ = four.forward(*batch)
+    assert torch.equal(first["gradient"], second["gradient"])
+    full = worker(tiny, monkeypatch, ShapingConfig("grad_input"))
+    for name, layer in four.model.named_modules():
+        if quantised_layers(layer) == [layer]:
+            full.model.get_submodule(name).weight.data = plain_weight(layer)
+    _, [expected], _ = full.forward(*batch)
+    pair = torch.stack([first["gradient"].flatten(), expected["gradient"].flatten()])
+    assert torch.corrcoef(pair)[0, 1] > 0.99  # bf16 through another kernel
+
+
+def test_a_subset_of_heads_is_read(tiny, monkeypatch, batch):
+    rows = {}
+    for heads in ("all", "0", "1"):
+        _, [evidence], _ = worker(tiny, monkeypatch, ShapingConfig("abc", heads=heads)).forward(*batch)
+        rows[heads] = evidence["attention"]
+    torch.testing.assert_close((rows["0"] + rows["1"]) / 2, rows["all"])
+    assert not torch.allclose(rows["0"], rows["1"])
+
+
 def test_undecorated_finds_the_class_behind_ray():
     assert undecorated(RewardModelActor) is RewardModelActor.__ray_metadata__.modified_class
     assert undecorated(BaseModelActor) is BaseModelActor
-
-
-@pytest.fixture(scope="module")
-def policy(tiny):
-    model = AutoModelForCausalLM.from_pretrained(tiny / "policy", dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(tiny / "policy")
-
-
-OPTIONS = {"batch_size": 2, "max_len": 24, "max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0}
-
-
-def test_rollouts_have_the_hosts_form(policy):
-    model, tokenizer = policy
-    prompts = ["I liked", "The plot of this film, which is long,", "A"]
-    torch.manual_seed(0)
-    responses = generate(model, tokenizer, prompts, **OPTIONS)
-    for prompt, response in zip(prompts, responses, strict=True):
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        assert response["observation_tokens"][: len(ids)] == ids
-        assert response["action_ranges"] == [(len(ids), len(ids) + 6)]
-        assert response["truncated"]
-
-
-def test_padding_does_not_change_a_greedy_rollout(policy):
-    model, tokenizer = policy
-    prompts = ["I liked", "The plot of this film, which is long,", "A"]
-    greedy = OPTIONS | {"temperature": 0.0}
-    together = generate(model, tokenizer, prompts, **greedy | {"batch_size": 3})
-    assert together == [generate(model, tokenizer, [prompt], **greedy)[0] for prompt in prompts]
-
-
-def test_the_end_token_closes_the_response_and_belongs_to_it(policy):
-    model, tokenizer = policy
-    ids = tokenizer("I liked", add_special_tokens=False)["input_ids"]
-    eos = tokenizer.eos_token_id
-
-    def output(input_ids, **_):
-        tail = torch.tensor([[7, eos, tokenizer.pad_token_id, 9, 9, 9]]).expand(len(input_ids), -1)
-        return torch.cat([input_ids, tail], 1)
-
-    fake = SimpleNamespace(generate=output, device="cpu", generation_config=SimpleNamespace(eos_token_id=[eos, 5]))
-    [response] = generate(fake, tokenizer, ["I liked"], **OPTIONS)
-    assert response["observation_tokens"] == [*ids, 7, eos]
-    assert response["action_ranges"] == [(2, 4)]
-    assert not response["truncated"]
-
-
-def test_long_prompts_lose_their_front_and_empty_ones_are_refused(policy):
-    model, tokenizer = policy
-    prompt = " film" * 40
-    [response] = generate(model, tokenizer, [prompt], **OPTIONS)
-    assert response["action_ranges"] == [(18, 24)]
-    with pytest.raises(UserError, match="the prompt '' has no tokens"):
-        generate(model, tokenizer, [""], **OPTIONS)

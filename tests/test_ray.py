@@ -125,6 +125,37 @@ def test_packed_sequences_in_dynamic_batches(tiny, tmp_path, abc):
         assert entropy == pytest.approx(by_sequence[1][key], abs=0.03)  # bf16, another kernel
 
 
+def test_the_policys_own_attention_credits_the_reward_of_a_rule(tiny, tmp_path):
+    rule = tmp_path / "rule.py"
+    rule.write_text("def reward_func(queries, prompts, labels):\n    return {'rewards': 0.01 * len(queries[0])}\n")
+    changes = {"reward.model_name_or_path": None, "critic.model_name_or_path": tiny / "reward_model"}
+    finished = run("abc", tiny, tmp_path, reward_shaping="abc_d", **changes, **{"reward.remote_url": rule})
+    assert len(finished.steps) == 3 and arrived(finished.log) == 1
+    assert len(re.findall(r"rebound openrlhf\.\S+\.PolicyModelActor ->", finished.log)) == 1
+    for step in range(3):
+        assert column(finished, step, "credit_conservation_error").max() < 1e-5
+        assert (column(finished, step, "credit_last_token") == 0).all()
+    recovered = credit_by_sequence(finished.steps[0])
+    assert recovered == pytest.approx(expected_of_policy(tiny, finished.steps[0]), abs=0.03)  # bf16 against fp32
+
+
+def expected_of_policy(tiny: Path, step: list[dict]) -> dict[tuple, float]:
+    """The entropy of each sequence's credit by ABC-D, from the first policy in fp32, token by token."""
+    model = AutoModel.from_pretrained(tiny / "policy", dtype=torch.float32, attn_implementation="eager").eval()
+    entropies = {}
+    for one in step:
+        for sequence, mask_A in zip(one["sequences"], one["action_mask"], strict=True):
+            actions = mask_A.nonzero().flatten().tolist()
+            ids = sequence[None, : actions[-1] + 2]
+            with torch.no_grad():
+                weights_SS = model(ids, output_attentions=True).attentions[-1][0].mean(0)
+            seen = [weights_SS[[row for row in actions if row > action], action + 1] for action in actions]
+            mean_A = torch.stack([rows.mean() if len(rows) else torch.tensor(0.0) for rows in seen])
+            key = tuple(sequence[action + 1].item() for action in actions)
+            entropies[key] = torch.special.entr(mean_A / mean_A.sum()).sum().item()
+    return entropies
+
+
 def expected_entropies(tiny: Path, step: list[dict]) -> dict[tuple, float]:
     """The entropy of each sequence's credit, from the reward model in fp32, alone, one sequence at a time."""
     model = AutoModel.from_pretrained(tiny / "reward_model", dtype=torch.float32, attn_implementation="eager").eval()
@@ -201,7 +232,7 @@ def test_a_rule_that_sends_no_credit_is_told_what_to_use(tiny, tmp_path):
     finished = run_ray("abc", tmp_path, flags)
     assert finished.status == 1 and not finished.steps
     [said] = [line for line in finished.log.splitlines() if line.startswith("abc-rlhf: stopped")]
-    assert "reward of sample 0 came without credit" in said and "use --reward_shaping uniform or none" in said
+    assert "reward of sample 0 came without credit" in said and "use --reward_shaping uniform, abc_d or none" in said
 
 
 def test_a_killed_worker_is_named_and_the_run_continues_from_its_checkpoint(tiny, tmp_path):

@@ -1,5 +1,7 @@
 """``abc-rlhf bench recovery``: measures what it says, on a small model, and says what is wrong with bad input."""
 
+import re
+
 import pytest
 import torch
 from recovery_models import tiny
@@ -70,7 +72,7 @@ def test_peak_memory_counts_what_is_alive_at_once():
         del first, second
         return kept + torch.empty(1000)  # 8 kB
 
-    assert cost._peak(forward, torch.device("cpu")) == 12_000
+    assert cost.peak_bytes(forward, torch.device("cpu")) == 12_000
 
 
 def test_what_credit_adds_is_linear_in_tokens_and_the_matrices_are_not():
@@ -115,3 +117,12 @@ def test_without_a_measurement_the_command_names_them(capsys):
         main(["bench", "--help"])
     said = capsys.readouterr().out
     assert "recovery" in said and "parity" in said
+
+
+def test_bench_methods_times_every_methods_evidence(tiny, capsys):
+    words = ["--model", str(tiny / "reward_model"), "--tokens", "8", "--repeats", "1"]
+    assert main(["bench", "methods", *words]) == 0
+    said = capsys.readouterr().out
+    for method in ("forward alone", "abc", "prefix", "grad_input", "abc_d", "abc_d2"):
+        assert re.search(rf"^ .*{method} ", said, re.MULTILINE)
+    assert main(["bench", "methods", *words[:2], "--tokens", "0"]) == 2

@@ -71,7 +71,7 @@ def test_holders_that_are_no_modules_are_looked_through():
 
 @pytest.mark.parametrize(("family", "name"), [("falcon", "FalconModel"), ("bloom", "BloomModel"), ("mpt", "MptModel")])
 def test_models_outside_the_attention_interface_are_refused_by_name(family, name):
-    with pytest.raises(UserError, match=f"{name} is not supported: .*; use a reward model such as llama"):
+    with pytest.raises(UserError, match=f"{name} is not supported: .*; use a model such as llama"):
         AttentionTap(tiny(family))
 
 
@@ -88,7 +88,7 @@ REFUSED = {
 @pytest.mark.parametrize("family", REFUSED)
 @pytest.mark.parametrize("recovery", RECOVERIES)
 def test_models_without_one_softmax_row_are_refused_by_name_in_every_way(family, recovery):
-    with pytest.raises(UserError, match=f"^{REFUSED[family]}.*; use a reward model such as llama"):
+    with pytest.raises(UserError, match=f"^{REFUSED[family]}.*; use a model such as llama"):
         attach(tiny(family), recovery=recovery)
 
 

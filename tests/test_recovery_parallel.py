@@ -116,6 +116,8 @@ def worker(rank):
             row = head_record(model, RIGHT, implementation, head_group=pair)
             saved["heads", name, implementation] = row
         saved["heads", name, "per head"] = head_record(model, RIGHT, "sdpa", per_head=True, head_group=pair)
+        mean = head_record(model, RIGHT, "sdpa", head_group=pair, queries_BS=RIGHT.bool())
+        saved["heads", name, "mean"] = mean
         saved["heads", name, "group not named"] = head_record(model, RIGHT, "sdpa")
     saved["heads, not split"] = head_record(tiny(), RIGHT, "sdpa", head_group=pair)
     changes, key_heads = SHARDS["shared_keys_uneven"]
@@ -181,6 +183,13 @@ def test_row_over_sharded_heads_is_the_row_of_one_process(ranks, shards):
         same(saved["heads", shards, "sdpa"], expected)
         same(saved["heads", shards, "eager"], expected)
         same(saved["heads", shards, "per head"], heads)
+
+
+@pytest.mark.parametrize("shards", SHARDS)
+def test_mean_of_rows_over_sharded_heads_is_that_of_one_process(ranks, shards):
+    expected = head_record(tiny("llama", **SHARDS[shards][0]), RIGHT, "sdpa", queries_BS=RIGHT.bool())
+    for saved in ranks:
+        same(saved["heads", shards, "mean"], expected)
 
 
 @pytest.mark.parametrize("shards", SHARDS)

@@ -14,9 +14,13 @@ install.py           puts these classes where the host looks up its own
 preflight.py         what can be refused on Ray before a GPU is taken
 ray_driver.py        the Ray driver: OpenRLHF's train() on a cluster; cpu_cluster.py: one without GPUs
 serve_rm.py          the host's reward server, with credit in its replies
+ranks.py             torchrun's and deepspeed's processes: places, shares, one voice
 inprocess.py         Ray's calls, answered in this process
 generation.py        rollouts by transformers, where the host uses vLLM
-local_trainer.py     the host's trainer with the two above and a progress bar
+timing.py            where the time of a step goes
+local_trainer.py     the host's trainer with the three above and a progress bar
+resume.py            goes on from a checkpoint as if never stopped (randomness.py: all generators' states)
+checkpoints.py       which checkpoints on disk are complete and kept; resume_checks.py: which one a run goes on from
 local.py             the local driver: OpenRLHF's train() in one process
 evaluate.py          sample, score and attribute held-out prompts
 """

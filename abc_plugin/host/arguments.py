@@ -12,6 +12,7 @@ from unittest import mock
 from abc_plugin.config import ShapingConfig
 from abc_plugin.errors import UserError
 from abc_plugin.host.adapt import optional_packages
+from abc_plugin.host.ranks import place
 
 CLI = "openrlhf.cli.train_ppo_ray"
 REQUIRED = {
@@ -82,6 +83,10 @@ def parse_for_one_process(argv: list[str], shaping: ShapingConfig) -> tuple[Name
             raise UserError(f"{flag} is missing; give {what} (abc-rlhf prepare makes one)")
     args = parse([*argv, *(word for pair in ONE_PROCESS.items() for word in pair)])
     args.shaping = shaping
+    if args.ds.lora.target_modules == ["all-linear"]:  # PEFT knows the word, but not in a list
+        args.ds.lora.target_modules = "all-linear"
+    for model in (args.actor, args.ref, args.critic, args.reward):  # the host shares work out by this number
+        model.num_gpus_per_node = place().size
     args.train.colocate_all = args.train.colocate_actor_ref = args.train.colocate_critic_reward = False
     args.ds.enable_sleep = args.vllm.enable_sleep = False
     if not any(flag.startswith("--ds.attn") for flag in given) and not is_flash_attn_2_available():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from datasets import Dataset
 from openrlhf.datasets.utils import blending_datasets
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -24,39 +23,40 @@ from transformers.utils import (
 
 from abc_plugin.config import ShapingConfig
 from abc_plugin.credit import methods
+from abc_plugin.credit.policy import policy_need
 from abc_plugin.errors import UserError
+from abc_plugin.host.adapter_checks import adapter_base
+from abc_plugin.host.ensemble import reward_models
+from abc_plugin.host.method_checks import check_ensemble, check_method
 from abc_plugin.host.options import flag, option, set_option
 from abc_plugin.recovery import attach
+from abc_plugin.recovery.evidence import attach_readers
+from abc_plugin.recovery.prefix import check_causal
 from abc_plugin.tokenizers.check import side
 from abc_plugin.tokenizers.compare import Side, compare
 
 READ = 1000  # prompts that both tokenizers read before training
 
-# Flags that one process without engines cannot honour: (attribute path, refused value, why and what to do). Packing,
+# Flags that a run without engines cannot honour: (attribute path, refused value, why and what to do). Packing,
 # ring attention, dynamic batches and host-side evaluation are refused by OpenRLHF itself, for want of engines.
 UNSUPPORTED = (
     ("reward.remote_url", bool, "a remote reward is called by vLLM engines; give --reward.model_name_or_path"),
     ("algo.advantage.is_correction_level", lambda level: level != "off", "there is no second engine; leave it out"),
-    ("train.async_enable", bool, "one process cannot roll out while it trains; leave it out"),
+    ("train.async_enable", bool, "the processes that roll out are those that train; leave it out"),
     ("train.enable_ema", lambda ema: ema and not torch.cuda.is_available(), "it needs a CUDA device; leave it out"),
-    ("ds.load_in_4bit", bool, "4-bit weights are not supported by this driver; leave it out"),
-    ("ds.tensor_parallel_size", lambda size: size > 1, "tensor parallelism needs several processes; leave it out"),
+    ("ds.tensor_parallel_size", lambda size: size > 1, "not supported here; --ds.zero_stage 3 splits the weights"),
     ("data.max_images_per_prompt", bool, "text only; leave it out"),
 )
 
 
 def check_supported(args: Namespace) -> None:
-    """Refuse flags that one process without engines cannot honour."""
+    """Refuse flags that a run without engines cannot honour."""
     for path, refused, remedy in UNSUPPORTED:
         value = args
         for name in path.split("."):
             value = getattr(value, name)
         if refused(value):
             raise UserError(f"--{path} {value} does not work with abc-rlhf local: {remedy}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: abc-rlhf local runs one process; start it with python"
-        )
     if args.rollout.max_new_tokens is not None and not 0 < args.rollout.max_new_tokens < args.data.max_len:
         raise UserError(
             f"--rollout.max_new_tokens {args.rollout.max_new_tokens} leaves no room for a prompt in --data.max_len "
@@ -82,29 +82,67 @@ def check_models(
                 f"--shaping.reward_text chat needs the bare prompts, but {flag(args, template)} puts them into "
                 "another template; use --shaping.reward_text plain"
             )
-    names = ("actor", "reward", "critic")
-    policy, reward, critic = (option(args, f"{name}.model_name_or_path") for name in names)
-    flags = {name: flag(args, f"{name}.model_name_or_path") for name in names}
+    check_method(args, shaping)
+    check_ensemble(args)
+    policy, critic = (option(args, f"{name}.model_name_or_path") for name in ("actor", "critic"))
+    policy = adapter_base(policy) or policy
+    flags = {name: flag(args, f"{name}.model_name_or_path") for name in ("actor", "reward", "critic")}
     _config(flags["actor"], policy)
-    reward_config = _config(flags["reward"], reward)
+    rewards = {path: _config(flags["reward"], path) for path in reward_models(args)}
     _weight_names(flags["actor"], policy)
-    check_reward_head(args, reward_config)
-    others = {flags["reward"]: reward}
-    if critic and critic != reward:
+    for path, config in rewards.items():
+        check_reward_head(args, path, config)
+    others = dict.fromkeys(rewards, flags["reward"])
+    if critic and critic not in rewards:
         _config(flags["critic"], critic)
-        others[flags["critic"]] = critic
+        others[critic] = flags["critic"]
     ours = _side(args, flags["actor"], policy)
-    for name, path in others.items():
+    for path, name in others.items():
         if differences := compare(ours, _side(args, name, path), prompts).dangerous():
             _other_tokenizer(args, shaping, name, path, differences)
-    if shaping.dense and methods.load(shaping.method).needs_attention:
-        _check_tap(args, reward, reward_config, shaping, runs_here)
+    for path, config in rewards.items():
+        check_readers(args, path, config, shaping, runs_here=runs_here)
+    check_policy(args, shaping, runs_here=runs_here)
+
+
+def check_readers(
+    args: Namespace, path: str, config: object, shaping: ShapingConfig, *, runs_here: bool = True
+) -> None:
+    """A reward model of this structure can be read as the method needs; no weights are read."""
+    needs = methods.load(shaping.method).needs & {"attention", "prefix"} if shaping.dense else frozenset()
+    if not needs:
+        return
+    skeleton = _skeleton(args, "reward.model_name_or_path", path, config, runs_here)
+    if "prefix" in needs:
+        check_causal(skeleton)
+    about = {"layer": shaping.layer, "recovery": shaping.recovery, "heads": shaping.head_list}
+    for reader in attach_readers(skeleton, needs & {"attention"}, **about).values():
+        reader.close()
+
+
+def check_policy(args: Namespace, shaping: ShapingConfig, *, runs_here: bool = True) -> None:
+    """The policy's attention can be read, where the method needs it."""
+    need, path = policy_need(shaping), option(args, "actor.model_name_or_path")
+    if need is None:
+        return
+    if option(args, "ds.ring_attn_size") > 1:
+        raise UserError(
+            f"--reward_shaping {shaping.method} reads the policy's attention over whole sequences, which "
+            f"{flag(args, 'ds.ring_attn_size')} {option(args, 'ds.ring_attn_size')} splits; leave that out, or use abc"
+        )
+    name = flag(args, "actor.model_name_or_path")
+    try:
+        path = adapter_base(path) or path
+        skeleton = _skeleton(args, "actor.model_name_or_path", path, _config(name, path), runs_here)
+        attach(skeleton, layer=shaping.layer, recovery=shaping.recovery).close()
+    except UserError as error:
+        raise UserError(f"--reward_shaping {shaping.method} reads the policy {path}: {error}") from None
 
 
 def _other_tokenizer(args: Namespace, shaping: ShapingConfig, name: str, path: str, differences: list[str]) -> None:
     """What ``--shaping.tokenizer_check`` says to a model that reads text otherwise than the policy."""
     policy = option(args, "actor.model_name_or_path")
-    is_reward = path == option(args, "reward.model_name_or_path")
+    is_reward = path in reward_models(args)
     difference = differences[0] + (f" (and {len(differences) - 1} more)" if len(differences) > 1 else "")
     if shaping.tokenizer_check == "off":
         print(
@@ -132,8 +170,8 @@ def _side(args: Namespace, name: str, path: str) -> Side:
         raise UserError(f"{name} {error}") from None
 
 
-def _check_tap(args: Namespace, path: str, config: object, shaping: ShapingConfig, runs_here: bool) -> None:
-    """The attention tap attaches to a model of this structure; no weights are read."""
+def _skeleton(args: Namespace, model: str, path: str, config: object, runs_here: bool) -> PreTrainedModel:
+    """A model of this structure without weights, under the attention implementation that the run uses."""
     implementation = option(args, "ds.attn_implementation")
     try:
         with torch.device("meta"):
@@ -142,11 +180,11 @@ def _check_tap(args: Namespace, path: str, config: object, shaping: ShapingConfi
             )
     except (ValueError, ImportError) as error:
         raise UserError(
-            f"{flag(args, 'reward.model_name_or_path')} {path} does not run under "
+            f"{flag(args, model)} {path} does not run under "
             f"{flag(args, 'ds.attn_implementation')} {implementation}: {str(error).split('. ')[0]}"
         ) from None
     skeleton.config._attn_implementation = implementation  # a driver's machine need not be able to run the kernels
-    attach(skeleton, layer=shaping.layer, recovery=shaping.recovery).close()
+    return skeleton
 
 
 def is_absent(path: str) -> bool:
@@ -157,15 +195,17 @@ def is_absent(path: str) -> bool:
 def _config(name: str, path: str) -> object:
     if is_absent(path):
         raise UserError(f"{name} {path}: no such directory")
+    if base := adapter_base(path):
+        raise UserError(f"{name} {path} is a LoRA adapter of {base}; merge it into that first")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{name} {path} is not a Hugging Face model: {str(error).splitlines()[0]}") from None
 
 
-def check_reward_head(args: Namespace, config: object) -> None:
+def check_reward_head(args: Namespace, path: str, config: object) -> None:
     """Without its head in the checkpoint, transformers would give the reward model a random one and only warn."""
-    path, name = (get(args, "reward.model_name_or_path") for get in (option, flag))
+    name = flag(args, "reward.model_name_or_path")
     prefix = getattr(config, "value_head_prefix", option(args, "ds.value_head_prefix"))
     if f"{prefix}.weight" not in _weight_names(name, path):
         raise UserError(

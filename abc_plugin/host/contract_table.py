@@ -18,6 +18,8 @@ class Needs(NamedTuple):
 
 GROUPS = "actor_model_group, critic_model_group, reward_model_group, reference_model_group, vllm_engines"
 
+STEP_TENSORS = ("sequences", "kl", "values", "returns", "advantages")
+
 # File: symbol: what it must be. Every release in SUPPORTED has these.
 CONTRACT: dict[str, dict[str, Needs]] = {
     "cli/train_ppo_ray.py": {
@@ -27,12 +29,14 @@ CONTRACT: dict[str, dict[str, Needs]] = {
             (
                 "if not ray.is_initialized():",
                 "strategy = get_strategy(args)",
+                "PolicyModelActor, pg=pg",
                 "RewardModelActor, pg=pg",
                 "CriticModelActor, pg=pg",
                 "from openrlhf.trainer.ppo_trainer import PPOTrainer",
                 "from openrlhf.trainer.ppo_trainer_async import PPOTrainerAsync as PPOTrainer",
             ),
         ),
+        "PolicyModelActor": Needs("from openrlhf.trainer.ray.ppo_actor"),
         "RewardModelActor": Needs("from openrlhf.trainer.ray.launcher"),
         "CriticModelActor": Needs("from openrlhf.trainer.ray.ppo_critic"),
         "get_strategy": Needs("from openrlhf.utils"),
@@ -54,6 +58,20 @@ CONTRACT: dict[str, dict[str, Needs]] = {
             ("reward = self.model(sequences.to(device), attention_mask.to(device)", "return reward.to('cpu')"),
         ),
         "BaseModelActor.execute_batch": Needs("(self, method_name, all_data, start_idx, end_idx)"),
+    },
+    "trainer/ray/ppo_actor.py": {
+        "PolicyModelActor": Needs(
+            "@ray.remote class(BaseModelActor)",
+            (
+                "= self.actor(sequences.to(device), action_mask.to(device), attention_mask.to(device)",
+                "self.actor.eval()",
+                "return action_log_probs.to('cpu')",
+            ),
+        ),
+        "PolicyModelActor.init_model_from_pretrained": Needs(
+            "(self, strategy, pretrain, max_steps=None, vllm_engines=None)",
+            ("self.actor, self.actor_optim, self.actor_scheduler = strategy.prepare(",),
+        ),
     },
     "trainer/ray/ppo_critic.py": {
         "CriticModelActor": Needs("@ray.remote class(BaseModelActor)"),
@@ -94,7 +112,12 @@ CONTRACT: dict[str, dict[str, Needs]] = {
     "trainer/ppo_trainer.py": {
         "RemoteExperienceMaker": Needs("from openrlhf.trainer.ppo_utils.experience_maker"),
         "BasePPOTrainer.__init__": Needs(
-            f"(self, strategy, {GROUPS}, tokenizer)", ("self.experience_maker = RemoteExperienceMaker(",)
+            f"(self, strategy, {GROUPS}, tokenizer)",
+            (
+                "self.experience_maker = RemoteExperienceMaker(",
+                "self.wandb_logger = WandbLogger(self.args)",
+                "self.tensorboard_logger = TensorboardLogger(self.args)",
+            ),
         ),
         "BasePPOTrainer.train_step": Needs(
             "(self, rollout_samples, global_step)", ("self.experience_maker.make_experience_batch(rollout_samples)",)
@@ -135,6 +158,8 @@ CONTRACT: dict[str, dict[str, Needs]] = {
             "(self, samples_list)",
             (
                 "self._dispatch_forward(self.reward_model_group",
+                "self._dispatch_forward(self.actor_model_group",
+                "action_log_probs_list = self._flatten_results(action_log_probs_ref, duplicate_factor)",
                 "use_reward_model = samples_list[0].rewards is None",
                 "rewards_list = self._flatten_results(r_refs, duplicate_factor)",
                 "samples.rewards = rewards_list[i]",
@@ -154,15 +179,21 @@ CONTRACT: dict[str, dict[str, Needs]] = {
         "Experience": Needs(
             "@dataclass class()",
             (
-                *(f"{name}: torch.Tensor = tensor_field('step'" for name in ("sequences", "kl")),
+                *(f"{name}: torch.Tensor = tensor_field('step'" for name in STEP_TENSORS),
                 "attention_mask: torch.LongTensor = tensor_field('step'",
                 "action_mask: torch.BoolTensor = tensor_field('step'",
                 "rewards: torch.Tensor = tensor_field('episode'",
+                "truncated: torch.Tensor = tensor_field('episode'",
                 "index: list[int]",
                 "prompts: list[str]",
                 "info: dict",
             ),
         ),
+    },
+    # Where heat maps go.
+    "utils/logging_utils.py": {
+        "WandbLogger.__init__": Needs("(self, args)", ("self.handle = wandb",)),
+        "TensorboardLogger.__init__": Needs("(self, args)", ("self.writer = SummaryWriter(",)),
     },
     # How extra_logs of a remote reward, and so its credit, arrive in an experience's info.
     "trainer/ppo_utils/samples_generator.py": {
@@ -179,16 +210,35 @@ LOCAL_CONTRACT: dict[str, dict[str, Needs]] = {
     "cli/train_ppo_ray.py": {
         "ray": Needs("import ray"),
         "RayActorGroup": Needs("from openrlhf.trainer.ray.launcher"),
+        # With LoRA the reference is the policy, so that must be loaded first.
+        "ReferenceModelActor": Needs("from openrlhf.trainer.ray.launcher"),
+        "train": Needs(
+            "(args)",
+            (
+                "refs.extend(actor_model.async_init_model_from_pretrained(strategy, args.actor.model_name_or_path, "
+                "max_steps, vllm_engines))\n    if ref_model is not None:\n        "
+                "refs.extend(ref_model.async_init_model_from_pretrained(strategy, args.actor.model_name_or_path))",
+            ),
+        ),
     },
     "trainer/ray/launcher.py": {
         "BaseDistributedActor.__init__": Needs("(self, world_size, rank, master_addr, master_port)"),
+        "ReferenceModelActor.init_model_from_pretrained": Needs("(self, strategy, pretrain)"),
+        "ReferenceModelActor.forward": Needs(
+            "(self, sequences, action_mask=None, attention_mask=None, return_output=False, packed_seq_lens=None, "
+            "mm_train_inputs_list=None)",
+            ("with torch.no_grad():", "log_probs = self.model("),
+        ),
         "RayActorGroup.__init__": Needs(
             "(self, num_nodes, num_gpus_per_node, ray_actor_type, pg=None, num_gpus_per_actor=1, duplicate_actors=1, "
             "resources=None, num_resources_per_node=None)"
         ),
         "tqdm": Needs("from tqdm"),
     },
-    "trainer/ray/ppo_actor.py": {"tqdm": Needs("from tqdm")},
+    "trainer/ray/ppo_actor.py": {
+        "tqdm": Needs("from tqdm"),
+        "ActorPPOTrainer": Needs("class(ABC)", ("self.replay_buffer = NaiveReplayBuffer(",)),
+    },
     "trainer/ray/ppo_critic.py": {"tqdm": Needs("from tqdm")},
     "trainer/ppo_trainer.py": {
         "ray": Needs("import ray"),
@@ -197,12 +247,32 @@ LOCAL_CONTRACT: dict[str, dict[str, Needs]] = {
         "PPOTrainer.__init__": Needs(
             f"(self, pretrain, strategy, {GROUPS}, **generate_kwargs)", ("self.samples_generator =",)
         ),
-        "PPOTrainer.fit": Needs("(self, global_step=0)", ("self.train_step(rollout_samples, global_step)",)),
+        # Where a run resumes, and what it restores then.
+        "BasePPOTrainer.init_checkpoint_states": Needs("(self)"),
+        "BasePPOTrainer.save_logs_and_checkpoints": Needs("(self, global_step, logs_dict=None, client_states=None)"),
+        "PPOTrainer.fit": Needs(
+            "(self, global_step=0)",
+            (
+                "self.train_step(rollout_samples, global_step)",
+                "start_episode = checkpoint_states['episode']",
+                "if state_dict:",
+                "for episode in range(start_episode, self.args.train.num_episodes):",
+                "client_states = {'episode': episode,",
+            ),
+        ),
     },
     "trainer/ppo_utils/experience_maker.py": {"ray": Needs("import ray")},
     "trainer/ppo_utils/samples_generator.py": {
         "_collect_prompt_batch": Needs(
             "(dataloader_iter, num_prompts)", ("return (prompts, labels, images, exhausted)",)
+        ),
+        "SamplesGenerator.generate_samples": Needs(
+            "(self, **generate_kwargs)",
+            (
+                "self._dataloader_iter = iter(self.prompts_dataloader)",
+                "self._dataloader_iter = None",
+                "self._sample_buffer = self._sample_buffer[chunk_size:]",
+            ),
         ),
         "SamplesGenerator._generate_vllm": Needs(
             "(self, dataloader_iter, num_prompts, dynamic_filtering, **generate_kwargs)"
@@ -215,6 +285,18 @@ LOCAL_CONTRACT: dict[str, dict[str, Needs]] = {
             "zero_stage=2, args=None)"
         ),
         "DeepspeedStrategy.get_ds_train_config": Needs("(self, optim_dict=None, *, max_norm=None)"),
+        "DeepspeedStrategy.save_ckpt": Needs(
+            "(self, model, save_dir, tag=None, max_num=3, max_mem=1000, client_state=None, save_latest=True, "
+            "metric_value=None, metric_key=None)",
+            ("model.save_checkpoint(save_dir, tag=tag",),
+        ),
+        "DeepspeedStrategy.load_ckpt": Needs(
+            "(self, model, load_dir, tag=None, load_module_strict=True, load_optimizer_states=True, "
+            "load_lr_scheduler_states=True, load_module_only=False)"
+        ),
+        "DeepspeedStrategy.prepare": Needs("(self, *args)"),
+        "DeepspeedStrategy.save_model": Needs("(self, model, tokenizer, output_dir, **kwargs)"),
+        "DeepspeedStrategy._unwrap_model": Needs("(self, model)"),
     },
     "datasets/prompts_dataset.py": {
         "tqdm": Needs("from tqdm"),
@@ -227,12 +309,26 @@ LOCAL_CONTRACT: dict[str, dict[str, Needs]] = {
         )
     },
     "models/model.py": {
+        "LoraConfig": Needs("from peft"),
+        "_get_critic_model": Needs(
+            "(base_pretrained_model, base_llm_model, value_head_prefix='score', packing_samples=False)",
+            ("setattr(self, self.base_model_prefix, base_llm_model(config))", "self.value_head_prefix = value_head"),
+        ),
         "get_llm_for_sequence_regression": Needs(
             "(model_name_or_path, model_type, *, param_dtype='bf16', load_in_4bit=False, lora_rank=0, lora_alpha=16, "
             "target_modules=None, lora_dropout=0, normalize_reward=False, attn_implementation='flash_attention_2', "
             "ds_config=None, init_value_head=False, value_head_prefix='score', device_map=None, "
-            "packing_samples=False, experts_implementation=None, **kwargs)"
-        )
+            "packing_samples=False, experts_implementation=None, **kwargs)",
+            (
+                "value_head_prefix = getattr(config, 'value_head_prefix', value_head_prefix)",
+                "cls_class = _get_critic_model(base_pretrained_class, base_class, value_head_prefix, packing_samples)",
+                "lora_config = LoraConfig(r=lora_rank",
+                "value_head.weight.data.normal_(mean=0.0, std=1 / (config.hidden_size + 1))",
+            ),
+        ),
+    },
+    "models/actor.py": {
+        "Actor": Needs("class(nn.Module)", ("self.model = get_peft_model(self.model, lora_config)",)),
     },
     "utils/utils.py": {
         "get_tokenizer": Needs("(pretrain, model, padding_side='left', strategy=None, use_fast=True)"),

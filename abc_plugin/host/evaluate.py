@@ -7,11 +7,9 @@ Takes the flags of ``abc-rlhf local`` (model, data, sampling, shaping; what conc
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import statistics
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,14 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from abc_plugin.config import add_flags, split_flags
+from abc_plugin.config import ShapingConfig, add_flags, split_flags
 from abc_plugin.credit import methods
+from abc_plugin.credit.policy import policy_need
+from abc_plugin.host import ranks
 from abc_plugin.host.adapt import import_host
+from abc_plugin.tokenizers.align import token_texts
 
 
 def main(argv: list[str]) -> int:
@@ -43,6 +43,7 @@ def main(argv: list[str]) -> int:
 
     args, _ = parse_for_one_process(host_argv, shaping)
     checks.check_supported(args)
+    ranks.refuse("evaluate")
     checks.check_models(args, shaping)
     samples = sample(args, checks.read_data(args), method)
     own.out.parent.mkdir(parents=True, exist_ok=True)
@@ -60,39 +61,46 @@ def main(argv: list[str]) -> int:
 def sample(args: Namespace, data: Dataset, method: methods.Method) -> list[dict]:
     """One completion per prompt with its reward and credit, in the order of ``data``."""
     from openrlhf.datasets import PromptDataset
-    from openrlhf.models import get_llm_for_sequence_regression
+    from openrlhf.models import Actor, get_llm_for_sequence_regression
     from openrlhf.utils import get_tokenizer, logging_utils
-    from openrlhf.utils.utils import convert_to_torch_dtype
 
     from abc_plugin.host import normalisation
     from abc_plugin.host.checks import quiet_strategy
+    from abc_plugin.host.ensemble import reward_models
     from abc_plugin.host.generation import generate
-    from abc_plugin.host.reward_model import own_tokens
+    from abc_plugin.host.quantised import keep_gradients_exact
+    from abc_plugin.host.reward_model import Member, own_tokens
     from abc_plugin.recovery import attach
+    from abc_plugin.recovery.evidence import attach_readers
 
     disable_progress_bar()
     logging_utils._default_handler.setLevel("WARNING")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path, options = args.actor.model_name_or_path, {"attn_implementation": args.ds.attn_implementation}
-    dtype = convert_to_torch_dtype(args.ds.param_dtype)
-    policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=True, **options)
+    options |= {"param_dtype": args.ds.param_dtype, "load_in_4bit": args.ds.load_in_4bit}
+    policy = Actor(path, **options).model
     tokenizer = get_tokenizer(path, policy, "left", use_fast=not args.data.disable_fast_tokenizer)
     prompts = PromptDataset(data, tokenizer, quiet_strategy(args), input_template=args.data.input_template).prompts
-    reward_model = get_llm_for_sequence_regression(
-        args.reward.model_name_or_path,
-        "reward",
-        param_dtype=args.ds.param_dtype,
-        value_head_prefix=args.ds.value_head_prefix,
-        normalize_reward=args.reward.normalize_enable,
-        **options,
-    )
-    if normalisation.normalises(args):
-        normalisation.restore(reward_model)
-    policy, reward_model = policy.to(device).eval(), reward_model.to(device).eval()
+    policy = policy.to(device).eval()
+    keep_gradients_exact(policy)
     shaping = args.shaping
-    tap = attach(reward_model, shaping.layer, shaping.recovery) if method.needs_attention else None
-    set_seed(args.train.seed)
-    mapping = own_tokens(args, args.reward.model_name_or_path)
+    members = []
+    for reward_path in reward_models(args):
+        model = get_llm_for_sequence_regression(
+            reward_path,
+            "reward",
+            value_head_prefix=args.ds.value_head_prefix,
+            normalize_reward=args.reward.normalize_enable,
+            **options,
+        )
+        if normalisation.normalises(args):
+            normalisation.restore(model)
+        model = model.to(device).eval()
+        keep_gradients_exact(model)
+        about = {"layer": shaping.layer, "recovery": shaping.recovery, "heads": shaping.head_list}
+        members.append(Member(model, attach_readers(model, method.needs, **about), own_tokens(args, reward_path)))
+    need = policy_need(shaping)
+    of_policy = attach(policy, layer=shaping.layer, recovery=shaping.recovery) if need else None
     lines = []
     size = args.rollout.micro_batch_size
     for start in tqdm(range(0, len(prompts), size), desc="evaluate", unit="batch"):
@@ -101,6 +109,7 @@ def sample(args: Namespace, data: Dataset, method: methods.Method) -> list[dict]
             policy,
             tokenizer,
             chosen,
+            seed=(args.train.seed, start),
             batch_size=size,
             max_len=args.data.max_len,
             max_new_tokens=args.rollout.max_new_tokens,
@@ -108,22 +117,37 @@ def sample(args: Namespace, data: Dataset, method: methods.Method) -> list[dict]
             top_p=args.rollout.top_p,
         )
         batch = _Batch(tokenizer, chosen, responses)
-        if mapping is None:
-            reward_B, row_BS = _score(reward_model, tap, batch.sequences_BS, batch.attention_mask_BS)
-        else:
-            mapped = mapping(batch.sequences_BS, batch.attention_mask_BS, batch.action_mask_BA, chosen)
-            reward_B, row_BL = _score(reward_model, tap, mapped.input_ids_BL, mapped.attention_mask_BL)
-            row_BS = None if row_BL is None else mapped.to_policy(row_BL)[0]
-        lines += batch.lines(reward_B, method, row_BS)
+        scored = [_scored(member, batch, chosen) for member in members]
+        if need:
+            of_generation = {need: _policy_row(policy, of_policy, need, batch)}
+            scored = [(reward_B, evidence | of_generation) for reward_B, evidence in scored]
+        lines += batch.lines(shaping, method, scored)
     return lines
 
 
-def _score(model: torch.nn.Module, tap: Any, ids_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Scores (B,) and, with a tap, the attention row (B, S), on the CPU."""
-    ids_BS, mask_BS = ids_BS.to(model.device), mask_BS.to(model.device)
-    with tap.record(mask_BS) if tap else contextlib.nullcontext() as recording:
-        reward_B = model(ids_BS, mask_BS)
-    return reward_B.float().cpu(), recording.row_BS.cpu() if tap else None
+def _scored(member: Any, batch: _Batch, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Scores (B,) of one reward model and what the method needs of it (B, S), on the CPU."""
+    from abc_plugin.recovery.evidence import record, rows
+
+    mapped, ids, mask = None, batch.sequences_BS, batch.attention_mask_BS
+    if member.own_tokens is not None:
+        mapped = member.own_tokens(ids, mask, batch.action_mask_BA, prompts)
+        ids, mask = mapped.input_ids_BL, mapped.attention_mask_BL
+    ids, mask = ids.to(member.model.device), mask.to(member.model.device)
+    with record(member.readers, mask) as recordings:
+        reward_B = member.model(ids, mask).float().cpu()
+    evidence = rows(recordings)
+    return reward_B, evidence if mapped is None else {name: mapped.to_policy(row)[0] for name, row in evidence.items()}
+
+
+def _policy_row(policy: torch.nn.Module, reader: Any, need: str, batch: _Batch) -> Tensor:
+    """The attention that the policy paid while generating, (B, S), from a forward over what it generated."""
+    from abc_plugin.recovery.averaged import generating_rows
+
+    mask_BS = batch.attention_mask_BS.to(policy.device)
+    with reader.record(mask_BS, queries_BS=generating_rows(need, batch.action_mask_BA)) as recording:
+        policy(batch.sequences_BS.to(policy.device), attention_mask=mask_BS, use_cache=False)
+    return recording.row_BS.cpu()
 
 
 class _Batch:
@@ -139,18 +163,33 @@ class _Batch:
         action_BS = (position_S >= torch.tensor(self.starts)[:, None]) & self.attention_mask_BS.bool()
         self.action_mask_BA = action_BS[:, 1:]
 
-    def lines(self, reward_B: Tensor, method: methods.Method, row_BS: Tensor | None) -> list[dict]:
-        """One line of the output per response: its tokens, their credit, its reward."""
-        word = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
-        row_BA = None if row_BS is None else row_BS[:, 1:].float()
-        weight_BA = method.weights(methods.Evidence(self.sequences_BS, self.action_mask_BA, row_BA))
-        rows = zip(self.prompts, self.ids, self.starts, weight_BA, self.action_mask_BA, reward_B.tolist(), strict=True)
+    def lines(
+        self, shaping: ShapingConfig, method: methods.Method, scored: list[tuple[Tensor, dict[str, Tensor]]]
+    ) -> list[dict]:
+        """One line of the output per response: its tokens, their credit, its reward.
+
+        scored: by reward model. credit: the method's weights, or credit / sum |credit| where it is signed.
+        """
+        from abc_plugin.host.credited import shape_batch
+
+        members = [
+            methods.Evidence(
+                self.sequences_BS,
+                self.action_mask_BA,
+                **{f"{name}_BA": row_BS[:, 1:].float() for name, row_BS in evidence.items()},
+            )
+            for _, evidence in scored
+        ]
+        mean_B = torch.stack([reward_B for reward_B, _ in scored]).mean(0)
+        shaped = shape_batch(shaping, method, members, mean_B, self.tokenizer, beta=1.0)
+        credit_BA = shaped.share_BA * shaped.credit_BA.sign() if method.weights is None else shaped.share_BA
+        rows = zip(self.prompts, self.ids, self.starts, credit_BA, self.action_mask_BA, mean_B.tolist(), strict=True)
         return [
             {
                 "prompt": prompt,
-                "tokens": [word([token]) for token in ids[start:]],
-                "credit": weight_A[mask_A].tolist(),
+                "tokens": token_texts(self.tokenizer, ids)[start:],
+                "credit": credit_A[mask_A].tolist(),
                 "reward": reward,
             }
-            for prompt, ids, start, weight_A, mask_A, reward in rows
+            for prompt, ids, start, credit_A, mask_A, reward in rows
         ]

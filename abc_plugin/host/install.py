@@ -13,6 +13,7 @@ from argparse import Namespace
 
 from abc_plugin.config import ShapingConfig, add_flags, split_flags
 from abc_plugin.credit import methods
+from abc_plugin.credit.policy import policy_need
 from abc_plugin.errors import UserError
 from abc_plugin.host.actors import as_actor
 from abc_plugin.host.contract import refuse_broken_host
@@ -25,6 +26,8 @@ REBOUND = (
     ("openrlhf.trainer.ppo_trainer_async.TrainingActor", "abc_plugin.host.trainers.CreditTrainingActor"),
     ("openrlhf.trainer.ppo_trainer_async.PPOTrainerAsync", "abc_plugin.host.trainers.CreditPPOTrainerAsync"),
 )
+# Only for methods that need the policy's attention: without one the policy's worker is the host's.
+FOR_POLICY = ("openrlhf.trainer.ray.ppo_actor.PolicyModelActor", "abc_plugin.host.policy_attention.CreditPolicyModel")
 GET_STRATEGY = "openrlhf.utils.utils.get_strategy"
 
 _undo: list[tuple[object, str, object]] = []  # (module, name, the host's object), in the order of rebinding
@@ -44,7 +47,8 @@ def install(shaping: ShapingConfig | None = None) -> list[str]:
     refuse_broken_host()
     if shaping is not None:
         methods.load(shaping.method)
-    pairs = [(name, _load(name), _load(ours)) for name, ours in REBOUND]  # all subclasses before the first rebinding
+    wanted = (*REBOUND, FOR_POLICY) if shaping is None or policy_need(shaping) else REBOUND
+    pairs = [(name, _load(name), _load(ours)) for name, ours in wanted]  # all subclasses before the first rebinding
     lines = []
     for name, stock, subclass in pairs:
         _rebind(stock, as_actor(subclass, like=stock))

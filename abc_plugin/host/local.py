@@ -7,8 +7,6 @@ import contextlib
 import importlib
 import json
 import logging
-import os
-import socket
 import sys
 import time
 import traceback
@@ -22,6 +20,7 @@ import torch
 
 from abc_plugin.config import add_flags, split_flags
 from abc_plugin.credit import methods
+from abc_plugin.host import ranks, timing
 from abc_plugin.host.adapt import import_host
 
 
@@ -29,20 +28,32 @@ def main(argv: list[str]) -> int:
     """Train; returns the exit status. Raises UserError for anything that can be refused before training."""
     if {"-h", "--help"} & set(argv):
         return _help()
+    with ranks.one_voice():
+        return _checked(argv)
+
+
+def _checked(argv: list[str]) -> int:
     shaping, host_argv = split_flags(argv)
     methods.load(shaping.method)
     import_host()
-    from abc_plugin.host import checks
+    from abc_plugin.host import adapter_checks, checks, resume_checks
     from abc_plugin.host.arguments import parse_for_one_process
 
     args, ignored = parse_for_one_process(host_argv, shaping)
     checks.check_supported(args)
+    adapter_checks.check_settings(args, shaping)
+    ranks.take_device()
     data = checks.check_data(args)
+    ranks.check_batches(args, len(data))
     texts = [prompt for prompt in data[args.data.input_key][: checks.READ] if isinstance(prompt, str)]
     checks.check_models(args, shaping, texts)
+    adapter_checks.check_targets(args)
+    args.checkpoints = resume_checks.prepare(args, data[args.data.input_key])
     if ignored:
-        print(f"abc-rlhf local: one process, so these are ignored: {' '.join(ignored)}")
+        print(f"abc-rlhf local: no cluster, so these are ignored: {' '.join(ignored)}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    if (size := ranks.place().size) > 1:
+        device = f"{size} ranks with ZeRO-{args.ds.zero_stage}, each on {device}"
     dense = f", beta {shaping.beta:g}" if shaping.dense else ""
     print(f"abc-rlhf local: {len(data)} prompts, reward shaping {shaping.method}{dense}, {device}")
     return _train(args)
@@ -63,8 +74,9 @@ def _help() -> int:
 
 
 @contextlib.contextmanager
-def _host_in_this_process() -> Iterator[None]:
+def _host_in_this_process(args: Namespace) -> Iterator[None]:
     """Rebind the names by which OpenRLHF's train() reaches Ray, its worker classes and its progress bars."""
+    from abc_plugin.host import adapters, policy_attention
     from abc_plugin.host.inprocess import InProcessClass, InProcessGroup, InProcessRay
     from abc_plugin.host.local_trainer import LocalPPOTrainer, local_strategy
     from abc_plugin.host.normalisation import RestoredCritic
@@ -80,6 +92,8 @@ def _host_in_this_process() -> Iterator[None]:
         ("cli.train_ppo_ray", "CriticModelActor", RestoredCritic),
         ("cli.train_ppo_ray", "get_strategy", local_strategy),
         ("trainer.ppo_trainer", "PPOTrainer", InProcessClass(LocalPPOTrainer)),
+        *adapters.rebinds(args),
+        *policy_attention.rebinds(args),
     ]
     with contextlib.ExitStack() as stack:
         for module, name, value in rebinds:
@@ -93,24 +107,10 @@ def _no_bar(*args: object, **kwargs: object) -> object:
     return tqdm(*args, **{**kwargs, "disable": True})
 
 
-def _one_rank() -> None:
-    """The process-group variables of a job with one rank."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    os.environ |= {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-
-
 @contextlib.contextmanager
 def _output_to(log: TextIO) -> Iterator[None]:
     """Send what OpenRLHF, DeepSpeed and transformers print and log to the run's log; the terminal keeps our bar."""
-    terminal = (sys.stdout, sys.stderr)
+    terminal = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
     loggers = [logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)]
     handlers = {handler for logger in loggers for handler in logger.handlers if type(handler) is logging.StreamHandler}
     before = {handler: handler.setStream(log) for handler in handlers if handler.stream in terminal}
@@ -123,39 +123,44 @@ def _output_to(log: TextIO) -> Iterator[None]:
 
 
 def _train(args: Namespace) -> int:
+    from abc_plugin.host.adapter_files import saved
     from abc_plugin.host.local_trainer import LocalPPOTrainer
 
-    output = Path(args.ckpt.output_dir)
+    output, rank = Path(args.ckpt.output_dir), ranks.place().rank
     output.mkdir(parents=True, exist_ok=True)
-    print(f"abc-rlhf local: loading models; details in {output / 'run.log'}", flush=True)
-    _one_rank()
-    started = time.time()
-    with open(output / "run.log", "a", buffering=1, encoding="utf-8") as log:
+    log_file = output / (f"run.rank{rank}.log" if rank else "run.log")
+    print(f"abc-rlhf local: loading models; details in {log_file}", flush=True)
+    if rank:  # one writer
+        args.logger.tensorboard_dir = args.logger.wandb.key = None
+    with open(log_file, "a", buffering=1, encoding="utf-8") as log:
         try:
-            with _output_to(log), _host_in_this_process():
+            with _output_to(log), _host_in_this_process(args), ranks.joined():
                 importlib.import_module("openrlhf.cli.train_ppo_ray").train(args)
         except KeyboardInterrupt:
-            kept = sorted(str(path) for path in Path(args.ckpt.path).glob("*/*global_step*"))
-            print(f"\nabc-rlhf local: stopped; checkpoints kept: {', '.join(kept) or 'none (set --ckpt.save_steps)'}")
+            print(f"\nabc-rlhf local: stopped; {args.checkpoints.kept()}")
             return 130
         except Exception:
             traceback.print_exc(file=log)
-            print(f"\nabc-rlhf local: failed; the log is {output / 'run.log'}", file=sys.stderr)
+            if ranks.speaks():
+                print(f"\nabc-rlhf local: failed; the log is {log_file}", file=sys.stderr)
             raise
-        finally:
-            if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
-    summary = LocalPPOTrainer.summary | {"seconds": round(time.time() - started, 1)}
+    if rank:
+        return 0
+    summary = LocalPPOTrainer.summary | {"seconds": round(time.time() - args.checkpoints.started, 1)}
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    before = f" ({args.checkpoints.step} of them before the checkpoint)" if args.checkpoints.step else ""
     print(
-        f"done: {summary['steps']} steps in {summary['seconds']:.0f} s{_change(summary)}\n"
-        f"policy: {output}\ncurves: tensorboard --logdir {args.logger.tensorboard_dir}, or abc-rlhf report {output}"
+        f"done: {summary['steps']} steps{before} in {summary['seconds']:.0f} s{_change(args, summary)}\n"
+        f"{timing.sentence(summary['timing'])}\n"
+        f"policy: {saved(args)}\n"
+        f"curves: tensorboard --logdir {args.logger.tensorboard_dir}, or abc-rlhf report {output}\n"
+        f"completions: {f'abc-rlhf show {output}' if args.shaping.show_every else 'not recorded'}"
     )
     return 0
 
 
-def _change(summary: dict) -> str:
-    if not summary["steps"]:
+def _change(args: Namespace, summary: dict) -> str:
+    if summary["steps"] == args.checkpoints.step:
         return ", nothing was left to train: the checkpoint is from the last step"
     kl = "none (no reference)" if summary["kl_last"] is None else f"{summary['kl_last']:.4f} nats per token"
     return (

@@ -12,14 +12,17 @@ from openrlhf.utils.deepspeed import DeepspeedStrategy
 from tqdm import tqdm
 from transformers import set_seed
 
+from abc_plugin.host import ranks, timing
 from abc_plugin.host.actors import undecorated
+from abc_plugin.host.adapters import AdapterStrategy
 from abc_plugin.host.generation import TransformersSamplesGenerator
+from abc_plugin.host.resume import ResumableStrategy, ResumableTrainer
 from abc_plugin.host.trainers import WithCredit
 
 WINDOW = 5  # steps averaged for the summary's first and last reward
 
 
-class LocalStrategy(DeepspeedStrategy):
+class LocalStrategy(AdapterStrategy, ResumableStrategy, DeepspeedStrategy):
     """The host's strategy; its Adam is PyTorch's, which needs no compiler."""
 
     def get_ds_train_config(self, optim_dict: dict | None = None, **kwargs: object) -> dict:
@@ -45,7 +48,7 @@ def local_strategy(args: Namespace) -> LocalStrategy:
     )
 
 
-class LocalPPOTrainer(WithCredit, undecorated(ppo_trainer.PPOTrainer)):
+class LocalPPOTrainer(ResumableTrainer, WithCredit, undecorated(ppo_trainer.PPOTrainer)):
     """The host's trainer: its fit loop, checkpoints, loggers and KL controller.
 
     ``summary`` holds the run's figures once fit has ended: reward in the reward model's units, KL in nats per token.
@@ -55,14 +58,18 @@ class LocalPPOTrainer(WithCredit, undecorated(ppo_trainer.PPOTrainer)):
 
     def __init__(self, pretrain: str, strategy: LocalStrategy, actor_group: Any, *groups: Any, **kwargs: Any) -> None:
         super().__init__(pretrain, strategy, actor_group, *groups, **kwargs)
-        self.samples_generator = TransformersSamplesGenerator(self.samples_generator, actor_group.worker)
+        self.samples_generator = TransformersSamplesGenerator(
+            self.samples_generator, actor_group.worker, lambda: len(self.history)
+        )
         self.history: list[dict] = []
 
     def fit(self, global_step: int = 0) -> None:
         """The host's loop with one bar over all steps; stands on the last step when a run is resumed."""
         per_episode = math.ceil(len(self.prompts_dataloader) / self.args.rollout.batch_size)
         total = self.args.train.num_episodes * per_episode
-        with tqdm(total=total, desc="PPO", unit="step", file=sys.__stderr__) as self.bar:
+        done = self.args.checkpoints.step
+        bar = {"desc": "PPO", "unit": "step", "file": sys.__stderr__, "disable": ranks.place().rank > 0}
+        with tqdm(total=total, initial=done, **bar) as self.bar:
             super().fit(global_step)
         first, last = self.history[:WINDOW], self.history[-WINDOW:]
         LocalPPOTrainer.summary = {
@@ -75,7 +82,13 @@ class LocalPPOTrainer(WithCredit, undecorated(ppo_trainer.PPOTrainer)):
             "reward_last": _mean(last, "rollout/reward_mean"),
             "reward_mean": _mean(self.history, "rollout/reward_mean"),
             "kl_last": _mean(last, "kl") if self.reference_model_group is not None else None,
+            "timing": timing.figures(self.history),
         }
+
+    def save_logs_and_checkpoints(self, global_step: int, logs_dict: dict, client_states: dict | None = None) -> None:
+        """The host's; how long each model worked is added to its metrics, and so to the history."""
+        logs_dict |= timing.take(self)
+        super().save_logs_and_checkpoints(global_step, logs_dict, client_states)
 
     def broadcast_to_vllm(self) -> None:
         """Nothing to send: the policy generates itself."""

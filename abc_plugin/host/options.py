@@ -11,16 +11,21 @@ FLAT = {
     "critic.model_name_or_path": "critic_pretrain",
     "reward.model_name_or_path": "reward_pretrain",
     "reward.remote_url": "remote_rm_url",
+    "reward.offload": "ref_reward_offload",
     "reward.normalize_enable": "normalize_reward",
     "train.agent_func_path": "agent_func_path",
     "ckpt.load_enable": "load_checkpoint",
+    "ckpt.output_dir": "save_path",
     "data.input_template": "input_template",
     "data.apply_chat_template": "apply_chat_template",
     "data.disable_fast_tokenizer": "disable_fast_tokenizer",
     "ds.attn_implementation": "attn_implementation",
+    "ds.load_in_4bit": "load_in_4bit",
+    "ds.lora.rank": "lora_rank",
     "ds.ring_attn_size": "ring_attn_size",
     "ds.tensor_parallel_size": "ds_tensor_parallel_size",
     "ds.value_head_prefix": "value_head_prefix",
+    "ds.zero_stage": "zero_stage",
 }
 
 

@@ -8,9 +8,15 @@ from pathlib import Path
 
 from abc_plugin.config import ShapingConfig
 from abc_plugin.credit import methods
+from abc_plugin.credit.policy import policy_need
 from abc_plugin.errors import UserError
-from abc_plugin.host.checks import READ, check_models, is_absent, read_data
+from abc_plugin.host.adapter_checks import refuse_on_ray
+from abc_plugin.host.checks import READ, check_models, check_policy, is_absent, read_data
+from abc_plugin.host.ensemble import reward_models
+from abc_plugin.host.method_checks import check_method
 from abc_plugin.host.options import flag, option
+
+SCORERS = ("layer", "heads", "recovery", "tokenizer_check", "reward_text")  # settings that only who scores can heed
 
 
 def preflight(args: Namespace, shaping: ShapingConfig) -> None:
@@ -20,11 +26,15 @@ def preflight(args: Namespace, shaping: ShapingConfig) -> None:
     this machine are checked by the reward model's worker before it loads (``args.shaping_checked`` is False then).
     Raises UserError as ``checks.check_models``, and for settings that a remote reward cannot heed.
     """
+    refuse_on_ray(args, shaping)
     for source in ("reward.remote_url", "train.agent_func_path"):
         if option(args, source):
+            check_method(args, shaping, remote=flag(args, source))
             _remote(flag(args, source), shaping)
+            if not is_absent(option(args, "actor.model_name_or_path")):
+                check_policy(args, shaping, runs_here=False)
             return
-    paths = [option(args, f"{name}.model_name_or_path") for name in ("actor", "reward", "critic")]
+    paths = [option(args, f"{name}.model_name_or_path") for name in ("actor", "critic")] + reward_models(args)
     absent = [path for path in paths if path and is_absent(path)]
     args.shaping_checked = not absent
     if absent and shaping.tokenizer_check == "map":
@@ -37,14 +47,15 @@ def preflight(args: Namespace, shaping: ShapingConfig) -> None:
 
 def _remote(source: str, shaping: ShapingConfig) -> None:
     default = ShapingConfig()
+    heeded = ("layer", "recovery") if policy_need(shaping) else ()
     for field in dataclasses.fields(shaping):
         given = getattr(shaping, field.name)
-        if field.name not in ("method", "beta") and given != getattr(default, field.name):
+        if field.name in SCORERS and field.name not in heeded and given != getattr(default, field.name):
             raise UserError(
                 f"{field.metadata['flag']} {given} means nothing with {source}: it is the business of whoever scores "
-                "(abc-rlhf serve-rm takes --shaping.layer and --shaping.recovery)"
+                "(abc-rlhf serve-rm takes --shaping.layer, --shaping.heads and --shaping.recovery)"
             )
-    if shaping.dense and methods.load(shaping.method).needs_attention:
+    if shaping.dense and "attention" in methods.load(shaping.method).needs:
         print(
             f"abc_plugin: {source} is set: --reward_shaping {shaping.method} needs credit_spans in every reply "
             "(abc-rlhf serve-rm sends them); a reply without ends the run"

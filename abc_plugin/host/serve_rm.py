@@ -32,16 +32,18 @@ from abc_plugin.host.options import flag, option
 from abc_plugin.tokenizers.mapping import piece_spans
 
 CLI = "openrlhf.cli.serve_rm"
+HEEDED = ("layer", "heads", "recovery")
 
 
 class CreditServer:
     """The host's loaded reward model and tokenizer (its RewardModelProxy), scoring with credit."""
 
     def __init__(self, proxy: Any, shaping: ShapingConfig) -> None:
-        from abc_plugin.recovery import attach
+        from abc_plugin.recovery.evidence import attach_readers
 
         self.proxy = proxy
-        self.attention = attach(proxy.reward_model, layer=shaping.layer, recovery=shaping.recovery)
+        about = {"layer": shaping.layer, "recovery": shaping.recovery, "heads": shaping.head_list}
+        self.attention = attach_readers(proxy.reward_model, {"attention"}, **about)["attention"]
 
     @torch.no_grad()
     def reply(self, queries: list[str]) -> dict[str, Any]:
@@ -98,10 +100,10 @@ class CreditServer:
 def main(argv: list[str]) -> int:
     """Serve until interrupted; returns the exit status."""
     shaping, host_argv = split_flags(argv)
-    if shaping != replace(ShapingConfig(), layer=shaping.layer, recovery=shaping.recovery):
+    if shaping != replace(ShapingConfig(), **{name: getattr(shaping, name) for name in HEEDED}):
         raise UserError(
-            "abc-rlhf serve-rm always sends credit; of the plugin's flags it takes --shaping.layer and "
-            "--shaping.recovery, the others belong to the training"
+            "abc-rlhf serve-rm always sends the attention that --reward_shaping abc needs; of the plugin's flags it "
+            "takes --shaping.layer, --shaping.heads and --shaping.recovery, the others belong to the training"
         )
     if {"-h", "--help"} & set(argv):
         _print_help()
@@ -111,7 +113,7 @@ def main(argv: list[str]) -> int:
     proxy, args = _load(host_argv)
     from abc_plugin.host import checks, normalisation
 
-    checks.check_reward_head(args, proxy.reward_model.config)
+    checks.check_reward_head(args, option(args, "reward.model_name_or_path"), proxy.reward_model.config)
     if option(args, "reward.normalize_enable"):
         print(f"abc_plugin: reward normalisation restored: {normalisation.restore(proxy.reward_model)}")
     if not proxy.tokenizer.is_fast:
@@ -169,5 +171,5 @@ def _app(server: CreditServer) -> Any:
 
 def _print_help() -> None:
     parser = argparse.ArgumentParser(prog="abc-rlhf serve-rm", add_help=False, usage="abc-rlhf serve-rm [flags]")
-    add_flags(parser)
+    add_flags(parser, HEEDED)
     print(__doc__.strip(), parser.format_help(), "OpenRLHF's flags:", sep="\n\n", flush=True)

@@ -187,7 +187,9 @@ def test_exit_status_and_one_line_in_a_process_of_its_own(tiny, tmp_path):
 def test_several_processes_without_a_launcher_are_refused(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     error = said(capsys, local_flags(tiny, tmp_path))
-    assert "WORLD_SIZE=2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set: start the ranks with torchrun" in error
+    assert (
+        "WORLD_SIZE=2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set: start the ranks with torchrun" in error
+    )
 
 
 def test_batches_that_two_ranks_cannot_share_are_refused(tiny, tmp_path, capsys, monkeypatch):

@@ -69,7 +69,8 @@ def test_the_python_example_runs(tiny):
 
 
 def test_the_driver_example_runs():
-    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    text = (ROOT / "launch" / "ray" / "README.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names = {}
     try:
         exec(code, names)

@@ -20,11 +20,12 @@ def abc(args: argparse.Namespace, clock: list) -> None:
     import_host()
     from abc_plugin.host.local_trainer import LocalPPOTrainer
 
-    stock = LocalPPOTrainer.train_step
+    stock, lengths = LocalPPOTrainer.train_step, []
 
     def timed(self: LocalPPOTrainer, *rollouts: object) -> object:
         result = stock(self, *rollouts)
         clock.append((time.perf_counter(), time.process_time()))
+        lengths.append(result[0]["rollout/response_length_mean"])
         return result
 
     LocalPPOTrainer.train_step = timed
@@ -48,6 +49,7 @@ def abc(args: argparse.Namespace, clock: list) -> None:
     status = local.main([word for name, value in flags.items() for word in (f"--{name}", str(value))])
     if status:
         raise SystemExit(status)
+    print(f"tokens per completion: {sum(lengths) / len(lengths):.1f} of {args.new_tokens}, which TRL always makes")
 
 
 def trl(args: argparse.Namespace, clock: list) -> None:
@@ -80,8 +82,8 @@ def trl(args: argparse.Namespace, clock: list) -> None:
         bf16=False,  # the weights are bf16 themselves
         gradient_checkpointing=False,
         learning_rate=1e-5,
-        per_device_train_batch_size=args.batch // 2,
-        gradient_accumulation_steps=2,
+        per_device_train_batch_size=args.batch,  # what a mini-batch may hold at once: two updates per step
+        gradient_accumulation_steps=1,
         num_mini_batches=2,
         num_ppo_epochs=1,
         local_rollout_forward_batch_size=args.batch,

@@ -15,12 +15,14 @@ if [ ! -e .venv-trl/made ]; then
 fi
 out=${OUT:-runs/against_trl}
 mkdir -p "$out"
+rm -f "$out"/{abc,trl}-*.json
 for repeat in $(seq "${REPEATS:-2}"); do
     for side in abc trl; do
         echo "against_trl: $side, $repeat of ${REPEATS:-2}"
         if [ $side = trl ]; then interpreter=.venv-trl/bin/python; else interpreter=$python; fi
         "$interpreter" launch/against_trl.py $side "$demo/policy" "$demo/reward_model" "$demo/prompts.jsonl" \
             "$out/$side-$repeat.json" "$@" > "$out/$side-$repeat.log" 2>&1 || { tail -n 5 "$out/$side-$repeat.log" >&2; exit 1; }
+        grep "^tokens per completion" "$out/$side-$repeat.log" || true
     done
 done
 "$python" - "$out" <<'REPORT'

@@ -2,10 +2,11 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${VIRTUAL_ENV:-}" ]; then bash launch/environment.sh; fi  # an active environment is used as it is
 export PATH=${VIRTUAL_ENV:-$PWD/.venv}/bin:$PATH TOKENIZERS_PARALLELISM=false
-gpus=$(nvidia-smi -L 2>/dev/null | wc -l) || true
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
 smoke=()
 if [ -n "${SMOKE:-}" ]; then
+    ranks=${RANKS:-$((gpus == 1 ? 1 : 2))}
     export HF_HUB_OFFLINE=1
     if [ -z "${DEMO:-}" ]; then abc-rlhf prepare; fi
     demo=${DEMO:-$(abc-rlhf prepare --path)}

@@ -1,12 +1,20 @@
 """Rollouts by transformers in the host's form: what is drawn, in which batches, and from which model."""
 
+import copy
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from abc_plugin.errors import UserError
 from abc_plugin.host.adapt import import_host
@@ -48,6 +56,22 @@ def test_drawing_follows_the_distribution_and_never_takes_what_is_ruled_out():
     counts = torch.bincount(torch.tensor(drawn(scores_V.expand(1000, 7), uniform_B1)), minlength=7)
     assert (counts - 1000 * torch.softmax(scores_V, -1)).abs().max() <= 1
     assert counts[[0, 3, 6]].tolist() == [0, 0, 0]
+
+
+def test_without_a_limit_of_its_own_a_response_ends_with_the_models_positions(policy):
+    config = GPT2Config(n_positions=32, n_embd=16, n_layer=1, n_head=1, vocab_size=49152)
+    model, tokenizer = GPT2LMHeadModel(config).eval(), policy[1]
+    options = OPTIONS | {"max_len": 32, "max_new_tokens": None, "batch_size": 2}
+    short, long = generate(model, tokenizer, [" film" * 4, " film" * 20], **options)
+    assert short["action_ranges"] == [(4, 32)] and long["action_ranges"] == [(20, 32)]
+
+
+def test_a_policy_whose_logits_are_nan_ends_the_run(policy):
+    model, tokenizer = policy
+    broken = copy.deepcopy(model)
+    broken.lm_head.weight = nn.Parameter(torch.full_like(broken.lm_head.weight, torch.nan))
+    with pytest.raises(RuntimeError, match="the policy's logits are NaN"):
+        generate(broken, tokenizer, PROMPTS, **OPTIONS)
 
 
 def test_rollouts_have_the_hosts_form(policy):
@@ -141,6 +165,15 @@ def test_prompts_are_cut_by_length_into_equal_batches_for_the_ranks():
     assert generation._buckets(ids, 6, 2) == [[1, 3, 4], [2, 0, 5]]
     assert generation._buckets(ids, 2, 2) == [[1, 3], [4, 2], [0], [5]]
     assert generation._buckets(ids[:1], 4, 2) == [[0]]
+    assert generation._buckets([*ids, [0] * 2, [0] * 2], 2, 1, by_length=True) == [
+        [1],
+        [3, 6],
+        [7],
+        [4],
+        [2],
+        [0],
+        [5],
+    ]
 
 
 def test_as_many_rows_generate_together_as_the_logits_of_a_forward_take_memory():
@@ -148,7 +181,9 @@ def test_as_many_rows_generate_together_as_the_logits_of_a_forward_take_memory()
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=1000)).to(torch.bfloat16)
     # keys and values: 2 x 3 layers x 2 heads x 16 x 2 bytes = 384 bytes a token; logits: 1000 x (2 + 4) = 6000
-    assert generation.rows_at_once(model, 4) == 4 * 15
+    assert generation.rows_at_once(model, 4) == 4 * 8  # of 15
+    model.config.vocab_size = 200  # 1200 bytes
+    assert generation.rows_at_once(model, 4) == 4 * 3
     model.config.vocab_size = 10  # 60 bytes
     assert generation.rows_at_once(model, 4) == 4
 

@@ -126,11 +126,10 @@ def test_mix_refuses(credit, message):
 
 
 def test_disagreement_by_hand():
-    # Shares: equal; 1:3, mean .5, deviation .25; only one; opposite signs.
+    # Mean size 1.5, deviation .5; 1.25 and .25; only one; 0 and -.5.
     first, second = tensor([2.0, 1.0, 1.0, 0.0], [1.0, 0, 0, 1.0]), tensor([1.0, 1.5, 0.0, -0.5], [1.0, 0, 0, 1.0])
-    # Rows are scaled to sum |.| = 1: [.5, .25, .25, 0] and [1/3, .5, 0, -1/6].
     apart = disagreement([first, second])
-    expected = [(1 / 12) / (5 / 12), 0.125 / 0.375, 1.0, 1.0]
+    expected = [1 / 3, 0.2, 1.0, 1.0]
     torch.testing.assert_close(apart, tensor(expected, [0.0] * 4))
     assert torch.equal(disagreement([first]), torch.zeros(2, 4))
     assert (disagreement([first, second, -first, 9 * second]) <= 1).all()

@@ -78,7 +78,7 @@ def test_gradient_times_input_is_that_of_autograd_and_of_captum(padding):
             score = model(ids, mask, position)
         assert not torch.is_grad_enabled()
     assert torch.equal(score, plain) and not score.requires_grad
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
     def of_embeddings(embedded):
         hidden = model.model(inputs_embeds=embedded, attention_mask=mask, position_ids=position).last_hidden_state
@@ -168,3 +168,11 @@ def test_some_heads_are_averaged_and_unknown_ones_refused():
     with pytest.raises(UserError, match="--shaping.heads 4: the layer has 4 heads, 0 to 3"):
         HeadSubset(model, [1, 4])
     attach(model).close()  # the refused one left nothing behind
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt", "codegen"])
+def test_heads_of_attention_modules_without_a_config(family):
+    model = tiny(family)
+    HeadSubset(model, [0]).close()
+    with pytest.raises(UserError, match="--shaping.heads 99: the layer has"):
+        HeadSubset(model, [99])

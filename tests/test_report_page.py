@@ -93,6 +93,7 @@ def test_pairs_match_the_kth_sample_of_a_prompt_with_its_kth():
 def test_spread_over_ranks_by_hand():
     assert spread_over_ranks([3, 1, 2], float, 12) == [(1, 3), (2, 2), (3, 1)]
     assert spread_over_ranks(list(range(10)), float, 4) == [(1, 9), (4, 6), (7, 3), (10, 0)]
+    assert spread_over_ranks([3, 1, 2], float, 1) == [(1, 3)]
 
 
 @given(st.lists(st.floats(-10, 10), min_size=13, max_size=60))

@@ -15,6 +15,7 @@ import numpy as np
 from abc_plugin.audit.stats import LEVEL, Interval, difference, interval, spearman
 from abc_plugin.audit.summary import prompts
 
+CHOICES = 3  # layer, head, set of heads: any may be recommended, so their intervals are widened for three
 SIGNED, SIZE = 0, 1  # entries of an agreement: of reward · row with the effects, of the row with their sizes
 
 
@@ -72,7 +73,7 @@ def map_heads(records: list[dict[str, Any]], layers: list[int], configured: int)
     def report(layer: int, heads: list[int] | None, column_N: np.ndarray) -> Choice:
         ours, theirs = ([_column(column)[i] for i in reporting] for column in (column_N, present_N))
         half = [groups[i] for i in reporting]
-        over = interval(difference(ours, theirs), half)
+        over = interval(difference(ours, theirs), half, 1 - (1 - LEVEL) / CHOICES)
         return Choice(layer, heads, float(_mean(column_N[choosing])), interval(ours, half), over)
 
     best, best_head = _best(_mean(layers_NL[choosing])), _best(_mean(signed_NLH[choosing]))

@@ -69,17 +69,17 @@ def shape(
 def disagreement(credits: Sequence[Tensor]) -> Tensor:
     """How far several reward models' credit is apart, (B, A) fp32 in [0, 1].
 
-        s_m = credit_m / sum_t |credit_m|
-        d[b,t] = min(1, std_m s_m[b,t] / mean_m |s_m[b,t]|)                            std with divisor M; 0 / 0 = 0
+        d[b,t] = min(1, std_m c_m[b,t] / mean_m |c_m[b,t]|)                            std with divisor M; 0 / 0 = 0
 
-    Relative to the token's own share: an absolute deviation of shares would vanish with the response's length. Two
-    models of which only one credits a token disagree by 1, two that give it shares 1 : 3 by 0.5.
+    c: a model's weights, or its signed credit. Relative to the token's own credit: an absolute deviation would vanish
+    with the response's length. Two models of which only one credits a token disagree by 1, two that give it 1 : 3 by
+    0.5. Nothing of other tokens enters, so that causal credit stays causal.
     """
     if len(credits) == 1:
         return torch.zeros_like(credits[0])
-    share_MBA = torch.stack([credit_BA / _total(credit_BA) for credit_BA in credits])
-    size_BA = share_MBA.abs().mean(0)
-    return (share_MBA.std(0, correction=0) / size_BA.where(size_BA > 0, 1.0)).clamp(max=1.0)
+    credit_MBA = torch.stack(list(credits))
+    size_BA = credit_MBA.abs().mean(0)
+    return (credit_MBA.std(0, correction=0) / size_BA.where(size_BA > 0, 1.0)).clamp(max=1.0)
 
 
 def _total(credit_BA: Tensor) -> Tensor:

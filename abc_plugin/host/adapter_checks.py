@@ -76,6 +76,8 @@ def check_settings(args: Namespace, shaping: ShapingConfig) -> None:
                     "--ds.lora.rank 16"
                 )
         return
+    if args.ref.offload:
+        raise UserError("--ref.offload means nothing with --ds.lora.rank: the reference is the policy; leave it out")
     if lora.rank < 0 or lora.alpha < 1 or not 0 <= lora.dropout < 1:
         raise UserError(
             f"--ds.lora.rank {lora.rank}, --ds.lora.alpha {lora.alpha}, --ds.lora.dropout {lora.dropout}: rank and "

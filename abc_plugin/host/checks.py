@@ -44,6 +44,11 @@ UNSUPPORTED = (
     ("algo.advantage.is_correction_level", lambda level: level != "off", "there is no second engine; leave it out"),
     ("train.async_enable", bool, "the processes that roll out are those that train; leave it out"),
     ("train.enable_ema", lambda ema: ema and not torch.cuda.is_available(), "it needs a CUDA device; leave it out"),
+    (
+        "train.full_determinism_enable",
+        lambda on: on and torch.cuda.is_available(),
+        "tokens are drawn by a cumulated sum, of which CUDA has no deterministic form; leave it out, runs are seeded",
+    ),
     ("ds.tensor_parallel_size", lambda size: size > 1, "not supported here; --ds.zero_stage 3 splits the weights"),
     ("data.max_images_per_prompt", bool, "text only; leave it out"),
 )
@@ -103,6 +108,15 @@ def check_models(
     for path, config in rewards.items():
         check_readers(args, path, config, shaping, runs_here=runs_here)
     check_policy(args, shaping, runs_here=runs_here)
+
+
+def check_positions(args: Namespace) -> None:
+    """No sequence is longer than a policy with a table of positions has rows; rotary ones have no such end."""
+    path = args.actor.model_name_or_path
+    config = AutoConfig.from_pretrained(adapter_base(path) or path, trust_remote_code=True).get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and not hasattr(config, "rope_parameters") and args.data.max_len > limit:
+        raise UserError(f"--data.max_len {args.data.max_len} is more than the {limit} positions of {path}: lower it")
 
 
 def check_readers(

@@ -7,6 +7,7 @@ Takes the flags of ``abc-rlhf local`` (model, data, sampling, shaping; what conc
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 from argparse import Namespace
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> int:
         add_flags(parser)
     own, rest = parser.parse_known_args(argv)
     shaping, host_argv = split_flags(rest)
+    shaping = dataclasses.replace(shaping, beta=1.0)  # the method's own credit is shown, and checked for
     method = methods.load(shaping.method)
     import_host()
     from abc_plugin.host import checks
@@ -45,6 +47,7 @@ def main(argv: list[str]) -> int:
     checks.check_supported(args)
     ranks.refuse("evaluate")
     checks.check_models(args, shaping)
+    checks.check_positions(args)
     samples = sample(args, checks.read_data(args), method)
     own.out.parent.mkdir(parents=True, exist_ok=True)
     own.out.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in samples), encoding="utf-8")

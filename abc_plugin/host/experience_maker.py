@@ -177,8 +177,9 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
             _check_finite(f"the {name}", row_BS, experience)
             rows_BA[f"{name}_BA"] = row_BS[:, 1:]  # action t is the choice of token t + 1
         for name in rows_BA.keys() & {"attention_BA", "policy_BA", "policy_last_BA"}:
-            attended = without_attention(rows_BA[name], experience.action_mask)
-            experience.info["credit_without_attention"] = attended
+            without_B = without_attention(rows_BA[name], experience.action_mask)
+            others_B = experience.info.get("credit_without_attention", without_B)  # of an ensemble's other members
+            experience.info["credit_without_attention"] = torch.maximum(without_B, others_B)
         return methods.Evidence(experience.sequences, experience.action_mask, **rows_BA)
 
     def _shaped_reward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -29,13 +30,16 @@ class Draw(LogitsProcessor):
 
     A completion thus depends neither on the rows beside it nor on what was drawn before, and on a CPU it costs an
     eighth of torch.multinomial.  uniform_BT: float64 in [0, 1), a column per token.
+    ``usable``: whether all logits so far were numbers; read once, since each look waits for the device.
     """
 
     def __init__(self, uniform_BT: Tensor) -> None:
         self.uniforms = iter(uniform_BT.unbind(1))
+        self.usable = torch.tensor(True)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         cumulated_BV = torch.softmax(scores, -1).cumsum(-1, dtype=torch.float64)
+        self.usable = self.usable.to(scores.device) & cumulated_BV[:, -1].isfinite().all()
         drawn_B1 = next(self.uniforms).to(scores.device)[:, None] * cumulated_BV[:, -1:]
         token_B1 = torch.searchsorted(cumulated_BV, drawn_B1, right=True).clamp_max(scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token_B1, 0.0)
@@ -58,9 +62,10 @@ def generate(
 
     As there (host: utils/agent.py): prompts get no special tokens and lose tokens at the front when they leave no room
     for ``max_new_tokens``; at least one token is sampled; the end-of-sequence token belongs to the response.
-    Prompts of equal length are generated together, at most ``batch_size`` at a time, and shared out among the ranks.
+    Prompts of like length are generated together, at most ``batch_size`` at a time, and shared out among the ranks.
     What is drawn follows from ``seed`` and the prompt's place in ``prompts`` alone; no global random number is used.
     Returns dicts with observation_tokens (prompt and response ids), action_ranges [(start, end)) and truncated.
+    Raises UserError for a prompt without tokens, RuntimeError where the policy's logits are NaN.
     """
     room = max_len - (max_new_tokens or 1)
     ids = [tokenizer(text=prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
@@ -77,9 +82,11 @@ def generate(
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": ends,
         "use_cache": True,
+        "synced_gpus": False,  # no rank needs another to generate, under ZeRO-3 neither (``whole``)
     }
     here, mine = ranks.place(), {}
-    for chosen in _buckets(ids, batch_size, here.size)[here.rank :: here.size]:
+    for chosen in _buckets(ids, batch_size, here.size, max_new_tokens is None)[here.rank :: here.size]:
+        draw = Draw(uniform_NT[chosen])
         batch = tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, padding_side="left", return_tensors="pt")
         warpers = [TemperatureLogitsWarper(temperature)] if temperature not in (0, 1) else []
         warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
@@ -89,17 +96,26 @@ def generate(
                 **batch.to(model.device),
                 **settings,
                 max_new_tokens=max_new_tokens or max_len - len(ids[chosen[0]]),
-                logits_processor=[*warpers, Draw(uniform_NT[chosen])] if temperature else [],
+                logits_processor=[*warpers, draw] if temperature else [],
             )
+        if not draw.usable:
+            raise RuntimeError("the policy's logits are NaN: it has diverged; lower --actor.adam.lr")
         for i, tokens in zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             mine[i] = _response(ids[i], tokens[: max_len - len(ids[i])], ends)
     everyone = {i: response for share in ranks.gather(mine) for i, response in share.items()}
     return [everyone[i] for i in range(len(ids))]
 
 
-def _buckets(ids: list[list[int]], batch_size: int, shares: int) -> list[list[int]]:
-    """Indices of prompts by length, cut into as few equal parts as hold at most ``batch_size``, times ``shares``."""
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # equal lengths together: less padding
+def _buckets(ids: list[list[int]], batch_size: int, shares: int, by_length: bool = False) -> list[list[int]]:
+    """Indices of prompts by length, cut into as few equal parts as hold at most ``batch_size``, times ``shares``.
+
+    by_length: no two lengths in a part. Where only the whole sequence's length is limited, a short prompt's response
+    is longer than a long one's may be, and the long one would run past the model's positions.
+    """
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # like lengths together: less padding
+    if by_length:
+        groups = [list(group) for _, group in itertools.groupby(order, key=lambda i: len(ids[i]))]
+        return [group[at : at + batch_size] for group in groups for at in range(0, len(group), batch_size)]
     parts = min(len(ids), shares * -(-len(ids) // (shares * batch_size)))
     return [part.tolist() for part in np.array_split(order, parts)]
 
@@ -122,7 +138,8 @@ def rows_at_once(model: torch.nn.Module, micro_batch_size: int) -> int:
     """How many rows may generate together in the memory that the host's forward of ``micro_batch_size`` rows takes.
 
     That forward keeps the logits of every position, in the model's dtype and in fp32 (host: models/actor.py); to
-    generate keeps keys and values. It matters, because few rows at a time take nearly as long as many.
+    generate keeps keys and values, and for the last position a few copies of the logits. Eight times as many at most:
+    a prompt's activations are not counted. It matters, because few rows at a time take nearly as long as many.
     """
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -130,7 +147,7 @@ def rows_at_once(model: torch.nn.Module, micro_batch_size: int) -> int:
     kept = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return micro_batch_size
-    return micro_batch_size * max(1, config.vocab_size * (model.dtype.itemsize + 4) // kept)
+    return micro_batch_size * min(8, max(1, config.vocab_size * (model.dtype.itemsize + 4) // kept))
 
 
 @contextlib.contextmanager
@@ -144,7 +161,9 @@ def whole(engine: Any) -> Iterator[torch.nn.Module]:
     model = engine.module
     model.eval()
     hooks = [(part, part._forward_pre_hooks, part._forward_hooks) for part in model.modules()]
-    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+    with contextlib.ExitStack() as gathered:
+        with memory_named("gather"):
+            gathered.enter_context(deepspeed.zero.GatheredParameters(list(model.parameters())))
         for part, before, after in hooks:
             part._forward_pre_hooks, part._forward_hooks = type(before)(), type(after)()
         try:

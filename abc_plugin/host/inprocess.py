@@ -21,6 +21,10 @@ SMALLER_MODELS = "--ds.load_in_4bit with --ds.lora.rank 16, or several GPUs with
 # Method of a worker: (what it does, the flags that lower its need of memory).
 MEMORY = {
     "init_model_from_pretrained": ("loading the models", SMALLER_MODELS),
+    "gather": (
+        "gathering the policy's weights to generate, which ZeRO-3 needs on every GPU",
+        "--ds.load_in_4bit with --ds.lora.rank 16",
+    ),
     "generate": ("generating", "a smaller --rollout.micro_batch_size or --rollout.max_new_tokens"),
     "forward": ("scoring the rollout", "a smaller --rollout.micro_batch_size or --rollout.max_new_tokens"),
     "fit": (

@@ -47,6 +47,7 @@ def _checked(argv: list[str]) -> int:
     ranks.check_batches(args, len(data))
     texts = [prompt for prompt in data[args.data.input_key][: checks.READ] if isinstance(prompt, str)]
     checks.check_models(args, shaping, texts)
+    checks.check_positions(args)
     adapter_checks.check_targets(args)
     args.checkpoints = resume_checks.prepare(args, data[args.data.input_key])
     if ignored:

@@ -21,16 +21,33 @@ NO_GRADIENT = (
 )
 
 
+# Advantage estimators that take a baseline off the scalar reward: the prefix's potential, in the score's units, would
+# then be a second one, and the first action's advantage far from the others'.
+GROUPED = ("rloo", "reinforce_baseline", "dr_grpo", "group_norm", "flash_reinforce")
+
+
 def check_method(args: Namespace, shaping: ShapingConfig, *, remote: str | None = None) -> None:
     """Refuse what ``--reward_shaping`` cannot do with the other settings; says so, with the remedy.
 
-    remote: the flag of a reward that comes from elsewhere. Raises UserError; ``none`` and beta 0 heed nothing.
+    remote: the flag of a reward that comes from elsewhere. Raises UserError. beta 0 heeds nothing.
     """
+    method = methods.load(shaping.method)
+    if shaping.method == "none" or shaping.beta > 0:
+        _options(shaping, method)
     if not shaping.dense:
         return
-    method = methods.load(shaping.method)
-    _options(shaping, method)
     name = f"--reward_shaping {shaping.method}"
+    if shaping.segment == "turn" and not option(args, "train.agent_func_path"):
+        raise UserError(
+            "--shaping.segment turn needs an agent's turns: without --train.agent_func_path a response is one turn, "
+            "and its pooled credit the sparse reward; use sentence"
+        )
+    estimator = option(args, "algo.advantage.estimator")
+    if "prefix" in method.needs and estimator in GROUPED:
+        raise UserError(
+            f"{name} works with {flag(args, 'algo.advantage.estimator')} gae or reinforce: {estimator} takes a "
+            "baseline off the reward that a prefix's score does not know; use one of those, or --reward_shaping abc"
+        )
     of_scores = sorted(method.needs & {"prefix", "gradient"})
     if remote and of_scores:
         raise UserError(
@@ -54,6 +71,14 @@ def _options(shaping: ShapingConfig, method: methods.Method) -> None:
     """The plugin's own options against the method."""
     name, default = f"--reward_shaping {shaping.method}", ShapingConfig()
     wanted = {"layer": ATTENTION, "recovery": ATTENTION, "heads": frozenset({"attention"})}
+    if shaping.method == "none":
+        for option_name in (*wanted, "drop", "entropy_floor", "segment"):
+            if (given := getattr(shaping, option_name)) != getattr(default, option_name):
+                raise UserError(
+                    f"--shaping.{option_name} {given} changes credit, and --reward_shaping none gives none: name a "
+                    "method, such as abc, or leave the option out"
+                )
+        return
     for option_name, needs in wanted.items():
         given = getattr(shaping, option_name)
         if given != getattr(default, option_name) and not needs & method.needs:

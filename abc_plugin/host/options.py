@@ -11,6 +11,7 @@ FLAT = {
     "critic.model_name_or_path": "critic_pretrain",
     "reward.model_name_or_path": "reward_pretrain",
     "reward.remote_url": "remote_rm_url",
+    "algo.advantage.estimator": "advantage_estimator",
     "reward.offload": "ref_reward_offload",
     "reward.normalize_enable": "normalize_reward",
     "train.agent_func_path": "agent_func_path",

@@ -93,10 +93,10 @@ def check_batches(args: Namespace, prompts: int) -> None:
     for count, which in ((first, "a rollout"), (rest, "the last rollout of an episode")):
         samples = count * copies
         if samples % (rollout.micro_batch_size * size):
-            sizes = (
-                m for m in range(min(rollout.micro_batch_size, samples // size), 0, -1) if not samples % (m * size)
-            )
-            micro, whole = next(sizes, None), prompts - rest
+            both = [n * copies for n in (first, rest)]
+            sizes = range(rollout.micro_batch_size, 0, -1)
+            micro = next((m for m in sizes if not any(n % (m * size) for n in both)), None)
+            whole = prompts - rest
             if micro:
                 remedy = f"--rollout.micro_batch_size {micro} would do"
             elif count == rest and whole:

@@ -24,8 +24,8 @@ class GradientTimesInput:
             reward_B = reward_model(input_ids_BS, attention_mask_BS)          # under no_grad, too
         recording.row_BS                                                            # fp32, (B, S), signed
 
-    The first order of what zeroing a token's embedding would change; captum's InputXGradient on the embeddings. No
-    gradient of a parameter is computed or kept; the score is that of the same forward.
+    The first order of what zeroing a token's embedding would change; captum's InputXGradient on the embeddings. The
+    model is frozen: its parameters need no gradient from here on. The score is that of the same forward.
     Raises UserError for a split model (ring or tensor parallelism), which has no one graph to go back through.
     """
 
@@ -33,6 +33,7 @@ class GradientTimesInput:
         self._name = model_name(model)
         self._model = pretrained(model)
         self._embedding = self._model.get_input_embeddings()
+        model.requires_grad_(False)  # or autograd would keep every layer's input for the weights' gradients
 
     def describe(self) -> str:
         """One line for the log."""

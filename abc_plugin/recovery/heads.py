@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from abc_plugin.errors import UserError
 from abc_plugin.recovery.choose import attach
+from abc_plugin.recovery.layers import pretrained
 
 
 class HeadSubset:
@@ -23,7 +24,7 @@ class HeadSubset:
     def __init__(self, model: Any, heads: Sequence[int], layer: str = "last_full", recovery: str = "auto") -> None:
         self._reader = attach(model, layer=layer, recovery=recovery, per_head=True)
         self._heads = list(heads)
-        total = self._reader.module.config.num_attention_heads
+        total = pretrained(model).config.get_text_config().num_attention_heads
         if max(self._heads) >= total:
             self._reader.close()
             raise UserError(f"--shaping.heads {max(self._heads)}: the layer has {total} heads, 0 to {total - 1}")

@@ -154,10 +154,10 @@ def _by_occurrence(samples: list[Sample]) -> dict[tuple[str, int], Sample]:
 def spread_over_ranks(items: list[Item], key: Callable[[Item], float], count: int) -> list[tuple[int, Item]]:
     """(rank, item) of ``count`` items at evenly spaced ranks from the largest key (rank 1) to the smallest.
 
-    Both ends are in; all items when there are at most ``count``. Ties keep the given order, so the choice depends on
-    nothing but the data.
+    Both ends are in (of one item the first); all items when there are at most ``count``. Ties keep the given order,
+    so the choice depends on nothing but the data.
     """
     ranked = list(enumerate(sorted(items, key=key, reverse=True), 1))
     if len(ranked) <= count:
         return ranked
-    return [ranked[i * (len(ranked) - 1) // (count - 1)] for i in range(count)]
+    return [ranked[i * (len(ranked) - 1) // max(1, count - 1)] for i in range(count)]

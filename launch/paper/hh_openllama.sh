@@ -15,5 +15,5 @@ PROMPTS=${PROMPTS:-$out/prompts.jsonl}
 if [ ! -e "$PROMPTS" ]; then python launch/paper/prompts.py hh "$PROMPTS"; fi
 
 train "$out" 6 256 "${qlora[@]}" --local.share_base \
-    --data.max_len 512 --rollout.batch_size 16 --rollout.micro_batch_size 16 --train.max_epochs 10 \
+    --data.max_len 512 --rollout.batch_size 16 --rollout.micro_batch_size $((16 / ${RANKS:-1})) --train.max_epochs 10 \
     --data.max_samples 2400 "${smoke[@]}" "$@"

@@ -21,5 +21,5 @@ fi
 if [ ! -e "$PROMPTS" ]; then python launch/paper/prompts.py imdb "$PROMPTS"; fi
 
 train "$out" 6 48 \
-    --data.max_len 64 --rollout.batch_size 16 --rollout.micro_batch_size 16 --train.max_epochs 4 \
+    --data.max_len 64 --rollout.batch_size 16 --rollout.micro_batch_size $((16 / ${RANKS:-1})) --train.max_epochs 4 \
     --data.max_samples 2400 "${smoke[@]}" "$@"

@@ -31,9 +31,12 @@ def main(task: str, out: str) -> None:
     """Write OUT unless it is there."""
     if Path(out).exists():
         sys.exit(f"error: {out} exists; nothing was overwritten")
-    prompts = dict.fromkeys({"imdb": imdb, "hh": hh}[task](load_dataset(**SOURCES[task], split="train")))
+    rows = load_dataset(**SOURCES[task], split="train").shuffle(seed=0)  # the reviews lie sorted by label
+    prompts = dict.fromkeys({"imdb": imdb, "hh": hh}[task](rows))
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
+    part = Path(f"{out}.part")
+    part.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
+    part.replace(out)
     print(f"{len(prompts)} prompts: {out}")
 
 

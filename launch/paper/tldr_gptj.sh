@@ -12,5 +12,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 PROMPTS=${PROMPTS:-trl-lib/tldr}
 
 train "${OUT:-runs/paper/tldr}" 6 53 "${qlora[@]}" --local.share_base \
-    --data.max_len 565 --rollout.batch_size 4 --rollout.micro_batch_size 4 --train.max_epochs 4 \
+    --data.max_len 565 --rollout.batch_size 4 --rollout.micro_batch_size $((4 / ${RANKS:-1})) --train.max_epochs 4 \
     --data.max_samples 600 "${smoke[@]}" "$@"

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from contextlib import ExitStack
 
 import pytest
 import torch
@@ -112,16 +111,15 @@ def test_what_methods_read_is_what_the_cpu_reads(needs, dtype):
     found = {}
     for device in ("cpu", "cuda"):
         model = tiny_reward_model().to(device, torch.float32 if device == "cpu" else dtype)
+        readers = attach_readers(model, {needs})
         for padding in (NONE, LEFT):
-            feed = {name: value.to(device) for name, value in inputs(padding).items()}
-            with ExitStack() as stack, torch.no_grad():
-                readers = attach_readers(model, frozenset({needs}))
-                recordings = stack.enter_context(record(readers, padding.to(device)))
-                model(feed["input_ids"], padding.to(device))
+            ids, mask = inputs(padding)["input_ids"].to(device), padding.to(device)
+            with torch.no_grad(), record(readers, mask) as recordings:
+                model(ids, mask)
             found.setdefault(device, []).append(rows(recordings)[needs])
     for cpu_BS, cuda_BS in zip(found["cpu"], found["cuda"], strict=True):
         assert cuda_BS.device.type == "cpu"
-        tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+        tolerance = 1e-4 if dtype == torch.float32 else 6e-2
         torch.testing.assert_close(cuda_BS, cpu_BS, atol=tolerance * cpu_BS.abs().max().item(), rtol=0)
 
 

@@ -1,5 +1,7 @@
 """What methods read of a reward model: the score at every token, gradient x input, some heads; over families."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from recovery_models import LEFT, NONE, RIGHT, RewardModel, inputs, tiny, tiny_reward_model
@@ -77,6 +79,11 @@ def test_gradient_times_input_is_that_of_autograd_and_of_captum(padding):
         with GradientTimesInput(model).record(mask) as recording:
             score = model(ids, mask, position)
         assert not torch.is_grad_enabled()
+    with ExitStack() as stack:
+        with torch.no_grad():
+            stack.enter_context(GradientTimesInput(model).record(mask))
+            model(ids, mask, position)
+    assert torch.is_grad_enabled()  # whichever of the two ends first
     assert torch.equal(score, plain) and not score.requires_grad
     assert not any(parameter.requires_grad for parameter in model.parameters())
 

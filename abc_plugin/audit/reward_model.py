@@ -128,7 +128,7 @@ class RewardModel:
         """Score, evidence, and every layer's and head's row of one sequence."""
         ids_BS = torch.tensor([ids], device=self.device)
         mask_BS = torch.ones_like(ids_BS)
-        with ExitStack() as stack, torch.no_grad():
+        with torch.no_grad(), ExitStack() as stack:
             read = stack.enter_context(record(self._readers, mask_BS))
             recordings = [stack.enter_context(tap.record(mask_BS)) for tap in self._taps]
             score = self.model(ids_BS, mask_BS).item()

@@ -52,9 +52,15 @@ class GradientTimesInput:
             raise UserError(f"gradients of {self._name} cannot be had where it is split over processes")
         recording = TokenValues(attention_mask_BS, self.describe())
         embedded: list[Tensor] = []
+        before: list[bool] = []  # the caller's grad mode, during a forward
 
         def start(*_: object) -> None:
+            before.append(torch.is_grad_enabled())
             torch.set_grad_enabled(True)
+
+        def restore() -> None:
+            while before:
+                torch.set_grad_enabled(before.pop())
 
         def watch(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
             embedded.append(output.detach().requires_grad_())
@@ -65,12 +71,11 @@ class GradientTimesInput:
             gradients = torch.autograd.grad(score.sum(), embedded)
             for leaf, gradient in zip(embedded, gradients, strict=True):
                 recording.keep((leaf.float() * gradient.float()).sum(-1))
-            torch.set_grad_enabled(before)
+            restore()
             return tree_map_only(Tensor, Tensor.detach, output)
 
-        before = torch.is_grad_enabled()
         with ExitStack() as hooks:
-            hooks.callback(torch.set_grad_enabled, before)  # where the forward fails in between
+            hooks.callback(restore)  # where the forward fails in between
             for handle in (
                 self._model.register_forward_pre_hook(start),
                 self._embedding.register_forward_hook(watch),

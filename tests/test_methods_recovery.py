@@ -79,10 +79,9 @@ def test_gradient_times_input_is_that_of_autograd_and_of_captum(padding):
         with GradientTimesInput(model).record(mask) as recording:
             score = model(ids, mask, position)
         assert not torch.is_grad_enabled()
-    with ExitStack() as stack:
-        with torch.no_grad():
-            stack.enter_context(GradientTimesInput(model).record(mask))
-            model(ids, mask, position)
+    with ExitStack() as stack, torch.no_grad():
+        stack.enter_context(GradientTimesInput(model).record(mask))
+        model(ids, mask, position)
     assert torch.is_grad_enabled()  # whichever of the two ends first
     assert torch.equal(score, plain) and not score.requires_grad
     assert not any(parameter.requires_grad for parameter in model.parameters())

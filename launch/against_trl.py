@@ -1,6 +1,6 @@
 """One side of launch/against_trl.sh: a few PPO steps, and the seconds of each as JSON.
 
-    python launch/against_trl.py abc|trl POLICY REWARD_MODEL PROMPTS OUT.json --steps 6 --batch 32 --new_tokens 16
+    python launch/against_trl.py abc|trl POLICY REWARD_MODEL PROMPTS OUT.json --steps 4 --batch 32 --new_tokens 16
 
 The same models on both sides in bf16, prompts, batch, completion length, epochs and batches within:
 policy, reference, reward model, and a critic that starts from it. Wall and CPU seconds are read at the end of a step.
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("side", choices=("abc", "trl"))
     for name in ("policy", "reward_model", "prompts", "out"):
         parser.add_argument(name)
-    for name, default in (("--steps", 6), ("--batch", 32), ("--new_tokens", 16)):
+    for name, default in (("--steps", 4), ("--batch", 32), ("--new_tokens", 16)):
         parser.add_argument(name, type=int, default=default)
     args = parser.parse_args()
     clock: list[tuple[float, float]] = []

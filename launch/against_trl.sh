@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Speed of `abc-rlhf local` with credit against TRL's PPO trainer (experimental, last shipped in TRL 1.11), on the embedded
-# models: runs in turn, seconds per step side by side. About 10 minutes on two idle cores; needs .venv-trl (3 MB).
+# models: runs in turn, seconds per step side by side. About 4 minutes on two idle cores; needs .venv-trl (3 MB).
 #
 #   bash launch/against_trl.sh                              REPEATS=3 for more pairs
 #   bash launch/against_trl.sh --batch 16 --new_tokens 64   another shape

@@ -12,11 +12,11 @@ from abc_plugin.host.adapt import import_host
 
 import_host()
 
-import deepspeed  # noqa: E402
 from openrlhf.trainer.ray.launcher import ReferenceModelActor  # noqa: E402
 
 from abc_plugin.host.actors import undecorated  # noqa: E402
 from abc_plugin.host.local_trainer import LocalPPOTrainer  # noqa: E402
+from abc_plugin.host.zero3 import gathered  # noqa: E402
 
 IDS = torch.randint(3, 280, (4, 16), generator=torch.Generator().manual_seed(0))
 MASK, ACTIONS = torch.ones_like(IDS), torch.ones(4, 15, dtype=torch.bool)
@@ -24,7 +24,7 @@ MASK, ACTIONS = torch.ones_like(IDS), torch.ones(4, 15, dtype=torch.bool)
 
 def weights(module):
     """Whole parameters on the CPU by name, also where ZeRO-3 has split them."""
-    with deepspeed.zero.GatheredParameters([p for p in module.parameters() if hasattr(p, "ds_id")]):
+    with gathered(module.parameters()):
         return {name: parameter.detach().cpu().clone() for name, parameter in module.named_parameters()}
 
 

@@ -24,6 +24,7 @@ timing.py            where the time of a step goes
 adapters.py          LoRA in the local driver: the reference is the policy without its adapter
 adapter_checks.py    what can be refused of it; adapter_files.py: saving and merging; shared_base.py: one base for all
 quantised.py         4-bit weights: the only importer of bitsandbytes
+zero3.py             split weights, whole for a while
 local_trainer.py     the host's trainer with these and a progress bar
 resume.py            goes on from a checkpoint as if never stopped (randomness.py: all generators' states)
 checkpoints.py       which checkpoints on disk are complete and kept; resume_checks.py: which one a run goes on from

@@ -6,14 +6,11 @@ relative to wherever it ran.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from argparse import Namespace
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -21,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from abc_plugin.host.quantised import plain_weight
+from abc_plugin.host.zero3 import gathered
 
 MERGED = "merged"  # the merged model's directory, within the adapter's
 
@@ -46,7 +44,7 @@ def save(model: PeftModel, tokenizer: Any, output_dir: str, *, merged: bool, wri
     Every rank calls it, since ZeRO-3 gathers; the one that ``writes`` writes.  merged: also ``output_dir/merged``.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with _gathered(trained.values()):
+    with gathered(trained.values()):
         state = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
     if writes:
         config = model.peft_config["default"]
@@ -77,7 +75,7 @@ def merged_weights(model: PeftModel, *, keep: bool = True) -> dict[str, Tensor]:
         if isinstance(layer, LoraLayer):
             own = layer.get_base_layer()
             inside |= set(layer.modules())
-        with _gathered(layer.parameters() if own is not layer else own.parameters(recurse=False)):
+        with gathered(layer.parameters() if own is not layer else own.parameters(recurse=False)):
             for key, tensor in own.named_parameters(recurse=False):
                 if key == "weight":
                     delta = None if own is layer else layer.get_delta_weight("default").detach()
@@ -101,11 +99,3 @@ def _save_merged(model: PeftModel, weights: dict[str, Tensor], tokenizer: Any, p
     plain.generation_config = model.generation_config
     plain.save_pretrained(path)
     tokenizer.save_pretrained(path)
-
-
-def _gathered(parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager:
-    """Whole parameters within the block, on every rank, where ZeRO-3 has split them."""
-    split = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    if not split:
-        return contextlib.nullcontext()
-    return deepspeed.zero.GatheredParameters(split)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-import deepspeed
 import numpy as np
 import torch
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator, _collect_prompt_batch
@@ -20,6 +19,7 @@ from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 from abc_plugin.errors import UserError
 from abc_plugin.host import ranks
 from abc_plugin.host.inprocess import memory_named
+from abc_plugin.host.zero3 import gathered
 from abc_plugin.recovery.layers import pretrained
 
 
@@ -161,9 +161,9 @@ def whole(engine: Any) -> Iterator[torch.nn.Module]:
     model = engine.module
     model.eval()
     hooks = [(part, part._forward_pre_hooks, part._forward_hooks) for part in model.modules()]
-    with contextlib.ExitStack() as gathered:
+    with contextlib.ExitStack() as stack:
         with memory_named("gather"):
-            gathered.enter_context(deepspeed.zero.GatheredParameters(list(model.parameters())))
+            stack.enter_context(gathered(model.parameters()))
         for part, before, after in hooks:
             part._forward_pre_hooks, part._forward_hooks = type(before)(), type(after)()
         try:

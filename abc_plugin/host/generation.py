@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from abc_plugin.errors import UserError
-from abc_plugin.host import ranks
+from abc_plugin.host import frozen, ranks
 from abc_plugin.host.inprocess import memory_named
 from abc_plugin.host.zero3 import gathered
 from abc_plugin.recovery.layers import pretrained
@@ -91,17 +91,22 @@ def generate(
         warpers = [TemperatureLogitsWarper(temperature)] if temperature not in (0, 1) else []
         warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
         # Nothing is taken from the model's own generation_config but its end tokens: the host's engines take no more.
-        with mock.patch.object(model, "generation_config", GenerationConfig()):
+        width, sequences = batch["input_ids"].shape[1], []
+        with (
+            mock.patch.object(model, "generation_config", GenerationConfig()),
+            frozen.keeping(model, sequences, [width - len(ids[i]) for i in chosen]),
+        ):
             output = model.generate(
                 **batch.to(model.device),
                 **settings,
                 max_new_tokens=max_new_tokens or max_len - len(ids[chosen[0]]),
                 logits_processor=[*warpers, draw] if temperature else [],
             )
-        if not draw.usable:
-            raise RuntimeError("the policy's logits are NaN: it has diverged; lower --actor.adam.lr")
-        for i, tokens in zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            mine[i] = _response(ids[i], tokens[: max_len - len(ids[i])], ends)
+            if not draw.usable:
+                raise RuntimeError("the policy's logits are NaN: it has diverged; lower --actor.adam.lr")
+            for i, tokens in zip(chosen, output[:, width:].tolist(), strict=True):
+                mine[i] = _response(ids[i], tokens[: max_len - len(ids[i])], ends)
+                sequences.append(mine[i]["observation_tokens"])
     everyone = {i: response for share in ranks.gather(mine) for i, response in share.items()}
     return [everyone[i] for i in range(len(ids))]
 
@@ -166,6 +171,9 @@ def whole(engine: Any) -> Iterator[torch.nn.Module]:
             stack.enter_context(gathered(model.parameters()))
         for part, before, after in hooks:
             part._forward_pre_hooks, part._forward_hooks = type(before)(), type(after)()
+        # PyTorch copies a frozen head's weight once per row for an input that is a slice, as the prompts' last states.
+        if head := pretrained(model).get_output_embeddings():
+            head.register_forward_pre_hook(lambda _, inputs: tuple(value.contiguous() for value in inputs))
         try:
             yield pretrained(model)
         finally:

@@ -13,7 +13,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 from unittest import mock
 
 import torch
@@ -22,6 +22,9 @@ from abc_plugin.config import add_flags, split_flags
 from abc_plugin.credit import methods
 from abc_plugin.host import ranks, timing
 from abc_plugin.host.adapt import import_host
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def main(argv: list[str]) -> int:
@@ -32,14 +35,21 @@ def main(argv: list[str]) -> int:
         return _checked(argv)
 
 
-def _checked(argv: list[str]) -> int:
+def parsed(argv: list[str]) -> tuple[Namespace, list[str]]:
+    """The run's settings, and the flags that are ignored. Raises UserError for what one of the parsers refuses."""
     shaping, host_argv = split_flags(argv)
     methods.load(shaping.method)
     import_host()
-    from abc_plugin.host import adapter_checks, checks, resume_checks
     from abc_plugin.host.arguments import parse_for_one_process
 
-    args, ignored = parse_for_one_process(host_argv, shaping)
+    return parse_for_one_process(host_argv, shaping)
+
+
+def check(args: Namespace) -> Dataset:
+    """The prompts, after all checks but those of the output directory. Raises UserError."""
+    from abc_plugin.host import adapter_checks, checks, frozen
+
+    shaping = args.shaping
     checks.check_supported(args)
     adapter_checks.check_settings(args, shaping)
     ranks.take_device()
@@ -48,7 +58,16 @@ def _checked(argv: list[str]) -> int:
     texts = [prompt for prompt in data[args.data.input_key][: checks.READ] if isinstance(prompt, str)]
     checks.check_models(args, shaping, texts)
     checks.check_positions(args)
+    frozen.check_settings(args, shaping)
     adapter_checks.check_targets(args)
+    return data
+
+
+def _checked(argv: list[str]) -> int:
+    args, ignored = parsed(argv)
+    from abc_plugin.host import resume_checks
+
+    data, shaping = check(args), args.shaping
     args.checkpoints = resume_checks.prepare(args, data[args.data.input_key])
     if ignored:
         print(f"abc-rlhf local: no cluster, so these are ignored: {' '.join(ignored)}")

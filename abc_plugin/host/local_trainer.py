@@ -15,6 +15,7 @@ from transformers import set_seed
 from abc_plugin.host import ranks, timing
 from abc_plugin.host.actors import undecorated
 from abc_plugin.host.adapters import AdapterStrategy
+from abc_plugin.host.frozen import FrozenStrategy
 from abc_plugin.host.generation import TransformersSamplesGenerator
 from abc_plugin.host.resume import ResumableStrategy, ResumableTrainer
 from abc_plugin.host.trainers import WithCredit
@@ -22,7 +23,7 @@ from abc_plugin.host.trainers import WithCredit
 WINDOW = 5  # steps averaged for the summary's first and last reward
 
 
-class LocalStrategy(AdapterStrategy, ResumableStrategy, DeepspeedStrategy):
+class LocalStrategy(AdapterStrategy, FrozenStrategy, ResumableStrategy, DeepspeedStrategy):
     """The host's strategy; its Adam is PyTorch's, which needs no compiler."""
 
     def get_ds_train_config(self, optim_dict: dict | None = None, **kwargs: object) -> dict:
@@ -95,6 +96,7 @@ class LocalPPOTrainer(ResumableTrainer, WithCredit, undecorated(ppo_trainer.PPOT
 
     def train_step(self, rollout_samples: list, global_step: int) -> tuple[dict, int]:
         status, step = super().train_step(rollout_samples, global_step)
+        self.strategy.forget_states()
         if "policy_loss" not in status and global_step > self.args.critic.freezing_steps:
             raise RuntimeError(f"step {step} made no update of the policy: its rollout filled no training batch")
         self.history.append(status)

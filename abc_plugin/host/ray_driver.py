@@ -17,22 +17,12 @@ ON_CPU = "--on_cpu"
 
 def main(argv: list[str]) -> int:
     """Train; returns the exit status. Raises UserError for what can be refused before Ray is asked for a GPU."""
-    on_cpu = ON_CPU in argv
-    wants_help = {"-h", "--help"} & set(argv)
-    shaping, host_argv = split_flags([word for word in argv if word != ON_CPU])
-    methods.load(shaping.method)
-    if wants_help:
-        _print_help()
-        import_host(local=False)  # a machine without engines can help, too
-    else:
-        import_cluster_host(on_cpu=on_cpu)
-    from abc_plugin.host.arguments import parse
+    args = parsed(argv)  # with --help the host's parser prints its part and ends here
     from abc_plugin.host.install import install
     from abc_plugin.host.preflight import preflight
 
-    args = parse(host_argv, "ray")  # with --help the host's parser prints its part and ends here
+    on_cpu, shaping = ON_CPU in argv, args.shaping
     preflight(args, shaping)
-    args.shaping = shaping
     for line in install():
         print(f"abc_plugin: rebound {line}")
     dense = f", beta {shaping.beta:g}" if shaping.dense else ": the host's own sparse reward"
@@ -40,6 +30,23 @@ def main(argv: list[str]) -> int:
     if on_cpu and not importlib.import_module("ray").is_initialized():
         importlib.import_module("abc_plugin.host.cpu_cluster").start()
     return _train(args)
+
+
+def parsed(argv: list[str]) -> Namespace:
+    """The run's settings. Raises UserError for what one of the parsers refuses, or a host that is not supported."""
+    wants_help = {"-h", "--help"} & set(argv)
+    shaping, host_argv = split_flags([word for word in argv if word != ON_CPU])
+    methods.load(shaping.method)
+    if wants_help:
+        _print_help()
+        import_host(local=False)  # a machine without engines can help, too
+    else:
+        import_cluster_host(on_cpu=ON_CPU in argv)
+    from abc_plugin.host.arguments import parse
+
+    args = parse(host_argv, "ray")
+    args.shaping = shaping
+    return args
 
 
 def _print_help() -> None:

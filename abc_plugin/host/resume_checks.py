@@ -153,10 +153,15 @@ def _free(name: str) -> bool:
     return name.removeprefix("--").startswith(tuple(MAY_CHANGE))
 
 
+def by_flag(args: Namespace) -> dict[str, Any]:
+    """Every setting of a run, the host's and the plugin's, by its flag."""
+    ours = {setting.metadata["flag"]: getattr(args.shaping, setting.name) for setting in fields(ShapingConfig)}
+    return {f"--{name}": value for name, value in _flat(args)} | ours
+
+
 def settings_of(args: Namespace, prompts: Iterable[object]) -> dict[str, Any]:
-    """Every setting of a run by its flag, as JSON gives it back, and a hash of its prompts."""
-    flat = {f"--{name}": value for name, value in _flat(args)}
-    flat |= {setting.metadata["flag"]: getattr(args.shaping, setting.name) for setting in fields(ShapingConfig)}
+    """``by_flag``, as JSON gives it back, and a hash of the prompts."""
+    flat = by_flag(args)
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(json.dumps(prompt).encode() + b"\n")

@@ -1,15 +1,20 @@
 """One side of launch/against_trl.sh: a few PPO steps, and the seconds of each as JSON.
 
-    python launch/against_trl.py abc|trl POLICY REWARD_MODEL PROMPTS OUT.json --steps 4 --batch 32 --new_tokens 16
+    python launch/against_trl.py abc|trl|trl_bf16 POLICY REWARD_MODEL PROMPTS OUT.json --steps 4 --batch 32
 
-The same models on both sides in bf16, prompts, batch, completion length, epochs and batches within:
-policy, reference, reward model, and a critic that starts from it. Wall and CPU seconds are read at the end of a step.
+The same models on both sides, prompts, batch, completion length, epochs and batches within: policy, reference, reward
+model, and a critic that starts from it. Wall and CPU seconds are read at the end of a step.
+
+OpenRLHF computes in bf16 and updates fp32 weights. TRL's PPOConfig does the same by autocast (trl, its default); with
+models loaded in bf16 (trl_bf16) it keeps no others, and loses every update that is smaller than a weight's rounding.
 """
 
 import argparse
 import json
 import time
 from pathlib import Path
+
+SIDES = ("abc", "trl", "trl_bf16")
 
 
 def abc(args: argparse.Namespace, clock: list) -> None:
@@ -53,7 +58,7 @@ def abc(args: argparse.Namespace, clock: list) -> None:
 
 
 def trl(args: argparse.Namespace, clock: list) -> None:
-    """TRL's PPOTrainer."""
+    """TRL's PPOTrainer, as its name says: by autocast, or with weights in bf16."""
     import torch
     from datasets import Dataset
     from transformers import (
@@ -71,15 +76,17 @@ def trl(args: argparse.Namespace, clock: list) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.policy, padding_side="left")
     lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()[: args.steps * args.batch]
     prompts = [tokenizer(json.loads(line)["input"], add_special_tokens=False)["input_ids"] for line in lines]
-    policy, reference = (AutoModelForCausalLM.from_pretrained(args.policy, dtype=torch.bfloat16) for _ in range(2))
+    autocast = args.side == "trl"
+    dtype = torch.float32 if autocast else torch.bfloat16
+    policy, reference = (AutoModelForCausalLM.from_pretrained(args.policy, dtype=dtype) for _ in range(2))
     reward_model, critic = (
-        AutoModelForSequenceClassification.from_pretrained(args.reward_model, dtype=torch.bfloat16, num_labels=1)
+        AutoModelForSequenceClassification.from_pretrained(args.reward_model, dtype=dtype, num_labels=1)
         for _ in range(2)
     )
     config = PPOConfig(
         output_dir=args.out + ".run",
         use_cpu=not torch.cuda.is_available(),
-        bf16=False,  # the weights are bf16 themselves
+        bf16=autocast,
         gradient_checkpointing=False,
         learning_rate=1e-5,
         per_device_train_batch_size=args.batch,  # what a mini-batch may hold at once: two updates per step
@@ -109,14 +116,14 @@ def trl(args: argparse.Namespace, clock: list) -> None:
 def main() -> None:
     """Run one side and write {wall: [...], cpu: [...]}, seconds from one step's end to the next one's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("side", choices=("abc", "trl"))
+    parser.add_argument("side", choices=SIDES)
     for name in ("policy", "reward_model", "prompts", "out"):
         parser.add_argument(name)
     for name, default in (("--steps", 4), ("--batch", 32), ("--new_tokens", 16)):
         parser.add_argument(name, type=int, default=default)
     args = parser.parse_args()
     clock: list[tuple[float, float]] = []
-    {"abc": abc, "trl": trl}[args.side](args, clock)
+    (abc if args.side == "abc" else trl)(args, clock)
     wall, cpu = ([b - a for a, b in zip(ends, ends[1:], strict=False)] for ends in zip(*clock, strict=True))
     Path(args.out).write_text(json.dumps({"wall": wall, "cpu": cpu, "batch": args.batch}) + "\n")
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Speed of `abc-rlhf local` with credit against TRL's PPO trainer (experimental, last shipped in TRL 1.11), on the embedded
-# models: runs in turn, seconds per step side by side. About 4 minutes on two idle cores; needs .venv-trl (3 MB).
+# models: runs in turn, seconds per step side by side. About 8 minutes on two idle cores; needs .venv-trl (3 MB).
 #
 #   bash launch/against_trl.sh                              REPEATS=3 for more pairs
 #   bash launch/against_trl.sh --batch 16 --new_tokens 64   another shape
@@ -15,11 +15,11 @@ if [ ! -e .venv-trl/made ]; then
 fi
 out=${OUT:-runs/against_trl}
 mkdir -p "$out"
-rm -f "$out"/{abc,trl}-*.json
+rm -f "$out"/*-*.json
 for repeat in $(seq "${REPEATS:-2}"); do
-    for side in abc trl; do
+    for side in abc trl trl_bf16; do
         echo "against_trl: $side, $repeat of ${REPEATS:-2}"
-        if [ $side = trl ]; then interpreter=.venv-trl/bin/python; else interpreter=$python; fi
+        if [ $side = abc ]; then interpreter=$python; else interpreter=.venv-trl/bin/python; fi
         "$interpreter" launch/against_trl.py $side "$demo/policy" "$demo/reward_model" "$demo/prompts.jsonl" \
             "$out/$side-$repeat.json" "$@" > "$out/$side-$repeat.log" 2>&1 || { tail -n 5 "$out/$side-$repeat.log" >&2; exit 1; }
         grep "^tokens per completion" "$out/$side-$repeat.log" || true
@@ -31,11 +31,10 @@ from pathlib import Path
 
 for kind in ("wall", "cpu"):
     medians = {}
-    for side in ("abc", "trl"):
+    for side in ("abc", "trl", "trl_bf16"):
         runs = [json.loads(path.read_text()) for path in sorted(Path(sys.argv[1]).glob(f"{side}-*.json"))]
         medians[side] = [statistics.median(run[kind]) for run in runs]
-        batch = runs[0]["batch"]
-    ratio = statistics.median(b / a for a, b in zip(medians["abc"], medians["trl"]))
-    said = ", ".join(f"{side} {' '.join(f'{value:.2f}' for value in values)} s per step ({batch / statistics.median(values):.2f} samples/s)" for side, values in medians.items())
-    print(f"{kind}: {said}; trl / abc = {ratio:.2f}")
+    for side, values in medians.items():
+        seconds, ratio = " ".join(f"{value:.2f}" for value in values), statistics.median(b / a for a, b in zip(medians["abc"], values))
+        print(f"{kind}: {side} {seconds} s per step ({runs[0]['batch'] / statistics.median(values):.2f} samples/s), {ratio:.2f} times abc's")
 REPORT

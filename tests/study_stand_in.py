@@ -2,7 +2,7 @@
 
 python tests/study_stand_in.py study PLAN.yaml …     the command, whose runs are:
 python tests/study_stand_in.py local --flag value …  one run; it notes its start in $STARTS
-python tests/study_stand_in.py real study …          the command with real runs; the host is asked in its first call only
+python tests/study_stand_in.py real study …          the command with real runs; only its first call asks the host
 
 What a run does follows from its seed: 13 fails unless $MENDED is there, 14 logs NaN, 15 ends a step early, 16 writes
 its environment, 17 says nothing at all. With $SLOW a step takes that many seconds.

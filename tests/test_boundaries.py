@@ -20,6 +20,8 @@ MUST_NOT_IMPORT = {
     "abc_plugin.tokenizers": ("torch", "transformers", "openrlhf"),
     "abc_plugin.report.show": ("torch", "transformers", "openrlhf", "matplotlib", "tensorboard"),
     "abc_plugin.report.command": ("torch", "transformers", "openrlhf"),
+    "abc_plugin.study.runner": ("torch", "transformers", "openrlhf"),
+    "abc_plugin.study.report_command": ("torch", "transformers", "openrlhf"),
     "abc_plugin.audit.command": ("openrlhf", "ray", "deepspeed", "peft"),
     "abc_plugin.demo.prepare": ("openrlhf", "ray", "deepspeed"),
 }

@@ -100,24 +100,3 @@ def test_quickstart(tiny, tmp_path):
     assert "16 held-out prompts" in page
     assert (out / "curves.png").stat().st_size > 10_000
     assert len((out / "after.jsonl").read_text().splitlines()) == 16
-
-
-@pytest.mark.slow
-def test_compare_runs_every_method_and_goes_on_where_it_stopped(tiny, tmp_path):
-    settings = {"METHODS": "none uniform", "SEEDS": "1 2"}
-    said = script("compare.sh", tiny, tmp_path, **settings)
-    for run in ("none-1", "none-2", "uniform-1", "uniform-2"):
-        assert json.loads((tmp_path / run / "summary.json").read_text())["steps"] == 2
-    assert "uniform" in said
-    assert (tmp_path / "report.html").exists()
-    (tmp_path / "none-2" / "after.jsonl").unlink()  # as if it had been interrupted
-    made = {path: path.stat().st_mtime for path in tmp_path.glob("*/summary.json")}
-    script("compare.sh", tiny, tmp_path, **settings)
-    again = {path: path.stat().st_mtime for path in tmp_path.glob("*/summary.json")}
-    assert {path.parent.name for path in made if made[path] != again[path]} == {"none-2"}
-
-
-@pytest.mark.slow
-def test_compare_says_which_run_failed(tiny, tmp_path):
-    with pytest.raises(AssertionError, match="--shaping.beta 7.0 is outside(.|\n)*error: failed: .*uniform-1/failed"):
-        script("compare.sh", tiny, tmp_path, "--shaping.beta", "7", METHODS="uniform", SEEDS="1")

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from abc_plugin.study import curves, figures, verdict, words
 from abc_plugin.study.comparisons import Analysis, analyse
 from abc_plugin.study.document import Grid, Section, as_html, as_markdown
 from abc_plugin.study.reading import locate, read
+from abc_plugin.study.report_command import as_json
 from abc_plugin.study.statistics import Estimate
 from abc_plugin.study.table import Table
 
@@ -212,6 +214,29 @@ def test_claims_of_the_paper():
     [outcomes] = verdict.claims(made(none, none, 1 + 0 * SEEDS, 1 + 0 * SEEDS)).values()
     assert [said for said, _ in outcomes] == ["not seen"] * 5
     assert verdict.claim_lines(found)[1].endswith("of 1: seen in 1.")
+
+
+@pytest.mark.parametrize(
+    "ratio, said",
+    [
+        (Estimate(0.4, 0.3, 0.5), "seen"),
+        (Estimate(0.45, 0.3, 0.6), "undecided"),
+        (Estimate(0.7, 0.51, 0.9), "not seen"),
+        (Estimate(0.9, 0.6, 1.2), "not seen"),
+        (Estimate(1.3, 1.1, np.inf), "the opposite seen"),
+        (Estimate(0.2), "undecided"),
+    ],
+)
+def test_half_the_steps_is_judged_by_the_interval(ratio, said):
+    outcome, number = verdict._half_the_steps(SimpleNamespace(steps=SimpleNamespace(ratio=ratio)))
+    assert outcome == said and number == f"{words.estimate(ratio)} of none's"
+    assert verdict._half_the_steps(SimpleNamespace(steps=None))[0] == "undecided"
+
+
+def test_json_has_null_where_a_plateau_is_not_reached():
+    numbers = as_json(made(0.1 + SEEDS / 100, 4 + SEEDS, 1 + 0 * SEEDS, 1 + 0 * SEEDS))
+    steps = json.loads(json.dumps(numbers, allow_nan=False))["comparisons"][0]["steps"]
+    assert steps["steps"] == steps["ratio"] == {"value": None, "low": None, "high": None} and steps["never"] == 1.0
 
 
 def test_numbers_have_the_decimals_that_their_interval_bears():

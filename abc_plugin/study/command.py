@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     try:
         from abc_plugin.study.runner import run_study
     except ModuleNotFoundError as error:
-        raise UserError(f"abc-rlhf study needs {error.name}; pip install 'abc-plugin[report]'") from None
+        raise UserError(f"abc-rlhf study needs {error.name}; pip install 'abc-plugin[study]'") from None
 
     return run_study(args.plan, args.out, smoke=args.smoke, jobs=args.jobs, gpus=args.gpus)
 

@@ -20,6 +20,7 @@ WINDOW = 5  # steps of the centred mean that smooths a curve
 LAST = 10  # steps that count as the end of a run
 SHARE = 0.9  # of the way from the baseline's first step to its plateau
 RESAMPLES = 10_000
+FEWEST = 5  # seeds for a bootstrap interval: of 3 seeds' intervals only about 75 % held the truth in simulations
 TOP = 0.25  # of the range of KL that two runs share: where their rewards are compared
 
 
@@ -95,10 +96,11 @@ def steps_to_plateau(curves_NT: np.ndarray, baseline_NT: np.ndarray, steps: tupl
 def _bootstrap(values_B: np.ndarray, n: int) -> Estimate:
     """The first value with percentiles of the rest, widened for n seeds: Φ(± sqrt(n / (n-1)) t_{n-1, 0.975}).
 
-    Plain percentiles take n seeds' spread, with n in the denominator and normal tails, for the truth: too narrow.
+    Plain percentiles take n seeds' spread, with n in the denominator and normal tails, for the truth: too narrow. No
+    interval of fewer than FEWEST seeds.
     """
     value = float(values_B[0])
-    if n < 2:
+    if n < FEWEST:
         return Estimate(value)
     tail = float(stats.norm.sf(math.sqrt(n / (n - 1)) * stats.t.ppf(UPPER, n - 1)))
     ordered = np.sort(values_B[1:])

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import shutil
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from abc_plugin.study.settings import Run, column, columns, text
 HEADER = "# A study of abc-rlhf; written by it, with what --smoke and the environment made of the plan."
 METRICS = {"reward": REWARD, "kl": KL, "value_loss": ("train/critic_loss",)}
 PLAN, RUN, CURVE, TIMES, LOG, LOCK = "plan.yaml", "run.json", "curve.csv", "times.json", "output.log", ".lock"
-PATIENCE = 5  # seconds that the runs of a killed study may take to be gone
 
 
 class Study:
@@ -56,19 +54,14 @@ class Study:
         """Make the directory this process's until it ends, and note the plan. Raises UserError when another has it."""
         self.root.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.root / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    self.lock.seek(0)
-                    raise UserError(
-                        f"{self.root}: a study is running there (process {self.lock.read().strip()}); wait for it, or "
-                        "give another --out"
-                    ) from None
-                time.sleep(0.2)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system opens it again when the process is gone
+        except BlockingIOError:
+            self.lock.seek(0)
+            raise UserError(
+                f"{self.root}: a study is running there (process {self.lock.read().strip()}); wait for it, or give "
+                "another --out"
+            ) from None
         self.lock.truncate(0)
         self.lock.write(f"{os.getpid()}\n")
         self.lock.flush()

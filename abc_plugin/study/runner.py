@@ -141,7 +141,6 @@ class _Session:
                 env=environment,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which ends the runs
                 preexec_fn=_die_with_the_study,
-                pass_fds=(self.study.lock.fileno(),),  # the directory is taken for as long as a run of it lives
             )
         self.active.append(_Active(run, slot, process, time.monotonic()))
 

@@ -13,15 +13,15 @@ common=(
     --data.max_len 64 --rollout.max_new_tokens 16 --rollout.micro_batch_size 32
 )
 
-# train OUT [flags]: 30 PPO steps of 32 completions; flags given later win
+# train OUT [flags]: 24 PPO steps of 32 completions, the last 4 layers; flags given later win. study/embedded.yaml has the same.
 train() {
     abc-rlhf local "${common[@]}" \
         --actor.model_name_or_path "$demo/policy" \
-        --data.prompt_dataset "$demo/prompts.jsonl" --data.max_samples 960 \
+        --data.prompt_dataset "$demo/prompts.jsonl" --data.max_samples 768 \
         --rollout.batch_size 32 --train.batch_size 16 --train.micro_batch_size 16 \
-        --actor.adam.lr 6e-5 --actor.lr_scheduler constant_with_warmup \
-        --critic.adam.lr 1e-4 --critic.lr_scheduler constant_with_warmup \
-        --algo.advantage.lambd 0.95 --algo.kl.init_coef 0.1 \
+        --local.train_layers 4 --actor.adam.lr 7e-4 --actor.lr_scheduler constant_with_warmup \
+        --critic.adam.lr 3e-4 --critic.lr_scheduler constant_with_warmup \
+        --algo.advantage.lambd 0.95 --algo.kl.init_coef 0.2 \
         --ckpt.output_dir "$1" --ckpt.path "$1/checkpoints" "${@:2}"
 }
 

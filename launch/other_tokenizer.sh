@@ -16,9 +16,11 @@ fi
 if [ -z "${OTHER:-}" ]; then abc-rlhf prepare --other_reward_model; fi
 other=${OTHER:-$(abc-rlhf prepare --other_reward_model --path)}
 mapped=(--reward.model_name_or_path "$other/reward_model" --shaping.tokenizer_check map --reward_shaping abc)
+# A judge of few layers, so all are trained, at lower rates.
+all=(--local.train_layers 0 --data.max_samples 960 --actor.adam.lr 6e-5 --critic.adam.lr 1e-4 --algo.kl.init_coef 0.1)
 
 rm -rf "$out"
 evaluate "$demo/policy" "$out/before.jsonl" "${mapped[@]}"
-train "$out" "${mapped[@]}" "$@"
+train "$out" "${mapped[@]}" "${all[@]}" "$@"
 evaluate "$out" "$out/after.jsonl" "${mapped[@]}"
 abc-rlhf report "$out" --before "$out/before.jsonl" --after "$out/after.jsonl"

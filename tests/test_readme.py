@@ -82,7 +82,16 @@ def test_the_driver_example_runs():
 
 def script(name, tiny, out, *flags, **environment):
     """Run a launch script, shortened, on the tiny models, in the environment that runs this test."""
-    short = ["--data.max_samples", "32", "--rollout.batch_size", "16", "--rollout.micro_batch_size", "8"]
+    short = [
+        "--local.train_layers",
+        "1",
+        "--data.max_samples",
+        "32",
+        "--rollout.batch_size",
+        "16",
+        "--rollout.micro_batch_size",
+        "8",
+    ]
     settings = environment | {"DEMO": str(tiny), "OUT": str(out), "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix}
     words = ["bash", str(ROOT / "launch" / name), *short, *flags]
     result = subprocess.run(words, capture_output=True, text=True, timeout=600, env=os.environ | settings)

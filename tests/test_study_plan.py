@@ -294,17 +294,12 @@ def test_a_paper_plan_has_the_flags_of_its_script(name, tmp_path, monkeypatch):
     assert {name: " ".join(words) for name, words in plan.flags.items()} == theirs | other
 
 
-# What makes a run of the study cheap, as its plan says.
-CHEAPER = {"data.max_samples", "local.train_layers", "actor.adam.lr", "critic.adam.lr", "algo.kl.init_coef"}
-
-
-def test_the_embedded_plan_has_the_flags_of_the_quickstart_but_for_what_makes_it_cheap(tmp_path, monkeypatch):
+def test_the_embedded_plan_has_the_flags_of_the_quickstart(tmp_path, monkeypatch):
     monkeypatch.setenv("DEMO", "demo")
     plan = read_plan(ROOT / "launch" / "study" / "embedded.yaml")
     theirs = flags_of("launch/imdb.sh", {"DEMO": "demo"}, tmp_path, "train OUT")
     ours = {name: " ".join(words) for name, words in plan.flags.items() if name != "shaping.show_every"}
-    other = {name for name in {*ours, *theirs} - {*OWNED} if ours.get(name) != theirs.get(name)}
-    assert other <= CHEAPER
+    assert ours == {name: words for name, words in theirs.items() if name not in OWNED}
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)

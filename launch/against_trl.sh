@@ -15,7 +15,7 @@ if [ ! -e .venv-trl/made ]; then
 fi
 out=${OUT:-runs/against_trl}
 mkdir -p "$out"
-rm -f "$out"/*-*.json
+rm -f "$out"/{abc,trl,trl_bf16}-[0-9]*.json
 for repeat in $(seq "${REPEATS:-2}"); do
     for side in abc trl trl_bf16; do
         echo "against_trl: $side, $repeat of ${REPEATS:-2}"

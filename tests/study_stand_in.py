@@ -5,7 +5,7 @@ python tests/study_stand_in.py local --flag value …  one run; it notes its sta
 python tests/study_stand_in.py real study …          the command with real runs; only its first call asks the host
 
 What a run does follows from its seed: 13 fails unless $MENDED is there, 14 logs NaN, 15 ends a step early, 16 writes
-its environment, 17 says nothing at all. With $SLOW a step takes that many seconds.
+its environment, 17 says nothing at all, 18 logs infinity. With $SLOW a step takes that many seconds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     values = [
         {name: typed(flags.get(f"--{name}", DEFAULTS.get(name))) for name in question["names"]} for flags in given
     ]
-    return {"values": values, "steps": [STEPS] * len(question["commands"]), "gpus": int(os.environ.get("GPUS", "0"))}
+    steps, gpus = [STEPS] * len(question["commands"]), int(os.environ.get("GPUS", "0"))
+    return {"values": values, "steps": steps, "gpus": gpus, "versions": {"torch": os.environ.get("TORCH", "2")}}
 
 
 def commands(question: dict[str, Any]) -> list[list[str]]:
@@ -62,7 +63,8 @@ def train(words: list[str]) -> int:
     writer = EventFileWriter(flags["--logger.tensorboard_dir"])
     for step in range(1, STEPS + 1 - (seed == "15")):
         time.sleep(float(os.environ.get("SLOW", "0")))
-        reward = float("nan") if (seed, step) == ("14", 2) else zlib.crc32(f"{settings} {step}".encode()) / 2**32
+        odd = {("14", 2): float("nan"), ("18", 1): float("inf")}
+        reward = odd.get((seed, step)) or zlib.crc32(f"{settings} {step}".encode()) / 2**32
         logged = {"train/rollout/reward_mean": reward, "train/kl": step / 10, "train/critic_loss": reward / 3}
         if seed == "17":
             del logged["train/rollout/reward_mean"]

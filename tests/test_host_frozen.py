@@ -9,7 +9,7 @@ import torch
 from conftest import local_flags, run_python
 from safetensors.torch import load_file
 from test_host_local import scalars
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConfig, Qwen3Config
 
 from abc_plugin import cli
 from abc_plugin.host import adapt
@@ -23,6 +23,7 @@ CONFIGS = {
     "llama": LlamaConfig(**SMALL, num_key_value_heads=1, intermediate_size=32, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SMALL, num_key_value_heads=2, intermediate_size=32, head_dim=8),
     "gpt2": GPT2Config(vocab_size=50, n_layer=4, n_embd=16, n_head=2, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0),
+    "gptj": GPTJConfig(vocab_size=50, n_layer=4, n_embd=16, n_head=2, rotary_dim=4),  # its layers return tuples
 }
 IDS = torch.randint(1, 50, (3, 6), generator=torch.Generator().manual_seed(1))
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0]])
@@ -30,7 +31,7 @@ MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0]]
 
 def model_of(name):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="sdpa").eval()
+    return AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
 
 
 def positions(mask):
@@ -52,6 +53,7 @@ FIRST = {
     "llama": "model.layers.0.input_layernorm",
     "qwen3": "model.layers.0.input_layernorm",
     "gpt2": "transformer.h.0.ln_1",
+    "gptj": "transformer.h.0.ln_1",
 }
 
 
@@ -83,7 +85,9 @@ def test_gradients_are_those_of_the_whole_model_for_what_is_trained(name):
     layers = {parameter.split(".")[2] for parameter in trained if ".layers." in parameter or ".h." in parameter}
     assert layers == {"2", "3"}
     assert any("norm" in p or "ln_f" in p for p in trained) and not any("embed" in p or "wte" in p for p in trained)
-    assert ("lm_head.weight" in trained) == (name == "qwen3"), "a head tied to the embedding is frozen with it"
+    assert ("lm_head.weight" in trained) == (name in ("qwen3", "gptj")), (
+        "a head tied to the embedding is frozen with it"
+    )
     for parameter, value in plain.named_parameters():
         mine = model.get_parameter(parameter).grad
         assert (mine is None) == (value.grad is None) == (parameter not in trained)
@@ -196,6 +200,10 @@ def test_only_the_top_layer_is_trained(runs, tiny):
         ({"local.train_layers": 2}, "--actor.model_name_or_path .*policy has 2 layers; give fewer, or leave"),
         ({"local.train_layers": -1}, "--local.train_layers -1: give the number of layers, or 0"),
         ({"local.train_layers": 1, "ds.lora.rank": 4}, "1 does not go with --ds.lora.rank: an adapter freezes"),
+        (
+            {"local.train_layers": 1, "reward_shaping": "abc_d", "shaping.layer": 0},
+            "--reward_shaping abc_d reads the policy's layer 0, which --local.train_layers 1 freezes .*; train 2, or",
+        ),
         ({"local.train_layers": 1, "ds.zero_stage": 3}, "1 does not go with --ds.zero_stage 3, which splits; use 2"),
         (
             {"local.train_layers": 1, "actor.gradient_checkpointing_enable": True},

@@ -82,7 +82,7 @@ def test_report_of_a_study(tmp_path, capsys):
         "The paper's claims",
         "Mean reward over training",
         "Paired differences",
-        "Steps to 90 % of the baseline's plateau",
+        "Steps to 90 % of the baseline's rise",
         "Spread across seeds",
         "Reward against KL",
         "Value loss",
@@ -116,6 +116,40 @@ def test_same_table_gives_the_same_bytes_whatever_its_order(tmp_path, capsys):
     assert files[0] == files[1] == files[2]
     before = (out / "reward.png").read_bytes()
     assert report(path) == 0 and (out / "reward.png").read_bytes() == before  # its own files it may overwrite
+
+
+def test_pictures_that_are_no_longer_drawn_are_removed_but_no_one_elses(tmp_path):
+    source = study(tmp_path / "study")
+    report(source)
+    (source / "sweep_mine.png").write_bytes((source / "sweep_lambda.png").read_bytes())  # ours, but not listed
+    (source / "sweep_beta.png").write_bytes(b"drawn by somebody else")  # listed, but not ours
+    (tmp_path / "outside.png").write_bytes((source / "kl.png").read_bytes())
+    numbers = json.loads((source / "report.json").read_text())
+    assert numbers["figures"] == [name for name in FILES if name.endswith("png")]
+    numbers["figures"].append("../outside.png")
+    (source / "report.json").write_text(json.dumps(numbers))
+    write(source / "results.csv", rows(METHODS[:2]))
+    assert report(source) == 0
+    left = {*FILES, "sweep_mine.png", "results.csv"} - {"sweep_lambda.png"}
+    assert {path.name for path in source.iterdir()} == left and (tmp_path / "outside.png").exists()
+    assert (source / "sweep_beta.png").read_bytes() == b"drawn by somebody else"
+
+
+def test_pairs_are_said_to_share_their_prompts_only_with_this_trainer(tmp_path):
+    report(write(tmp_path / "t.csv", rows()))
+    text = (tmp_path / "t-report" / "report.md").read_text()
+    share = "paired (with abc-rlhf local they share prompts, their order and the random numbers of sampling)"
+    assert share in text and text.count("share prompts") == 1
+
+
+def test_settings_of_credit_make_no_second_baseline_but_those_that_change_its_runs_do(tmp_path):
+    def twice(name):
+        table = [row | {name: value} for value in ("map", "off") for row in rows()]
+        return read(write(tmp_path / "t.csv", table))
+
+    assert len(twice("shaping.tokenizer_check").conditions) == 4
+    with pytest.raises(UserError, match="step 1 of method none, seed 1 is there twice"):
+        twice("shaping.drop")
 
 
 def test_csv_and_jsonl_say_the_same(tmp_path):
@@ -177,9 +211,9 @@ def test_kl_that_is_not_there_leaves_it_out_of_its_condition_and_says_so(tmp_pat
 
 
 def made(reward, base, kl, base_kl, beta=0.8):
-    """The analysis of abc and none on six seeds; each (6, 1) plus a common rise of 12 steps."""
-    rise = np.minimum(np.arange(12) / 4, 1.0)
-    climb = np.arange(12) / 11
+    """The analysis of abc and none on six seeds; each (6, 1) times a common rise of 16 steps."""
+    rise = np.minimum(np.arange(16) / 4, 1.0)
+    climb = np.arange(16) / 15
     ours = condition("abc", rise * reward, climb * kl, beta=beta)
     return analyse(Table([condition("none", rise * base, climb * base_kl), ours], ["method", "beta"], []))
 
@@ -228,15 +262,20 @@ def test_claims_of_the_paper():
     ],
 )
 def test_half_the_steps_is_judged_by_the_interval(ratio, said):
-    outcome, number = verdict._half_the_steps(SimpleNamespace(steps=SimpleNamespace(ratio=ratio)))
+    steps = SimpleNamespace(ratio=ratio, late_rise=Estimate(0.1, -0.1, 0.3))
+    outcome, number = verdict._half_the_steps(SimpleNamespace(steps=steps))
     assert outcome == said and number == f"{words.estimate(ratio)} of none's"
     assert verdict._half_the_steps(SimpleNamespace(steps=None))[0] == "undecided"
 
 
-def test_json_has_null_where_a_plateau_is_not_reached():
+def test_json_says_never_where_a_reward_is_not_reached_and_null_where_there_is_no_interval():
     numbers = as_json(made(0.1 + SEEDS / 100, 4 + SEEDS, 1 + 0 * SEEDS, 1 + 0 * SEEDS))
     steps = json.loads(json.dumps(numbers, allow_nan=False))["comparisons"][0]["steps"]
-    assert steps["steps"] == steps["ratio"] == {"value": None, "low": None, "high": None} and steps["never"] == 1.0
+    assert steps["steps"] == steps["ratio"] == dict.fromkeys(("value", "low", "high"), "never")
+    assert steps["never"] == 1.0 and "never" in numbers["about"]
+    few = slice(3)
+    numbers = as_json(made(*(x[few] for x in (4 + SEEDS, 4 + SEEDS, 1 + 0 * SEEDS, 1 + 0 * SEEDS))))
+    assert numbers["comparisons"][0]["steps"]["steps"]["low"] is None
 
 
 def test_numbers_have_the_decimals_that_their_interval_bears():
@@ -300,6 +339,39 @@ def test_beta_sweep_starts_at_the_baseline():
     assert {label: {x: v.tolist() for x, v in points.items()} for label, points in lines.items()} == {
         "abc": {0.0: [1.0, 3.0], 0.5: [2.0, 4.0], 1.0: [3.0, 5.0]}
     }
+
+
+def test_a_run_at_beta_0_keeps_its_own_data():
+    curves_ = [condition("none", np.ones((2, 3))), condition("abc", 2 * np.ones((2, 3)), beta=0.0)]
+    table = Table([*curves_, condition("abc", 3 * np.ones((2, 3)), beta=1.0)], ["method", "beta"], [])
+    assert figures._sweep_lines(table, "beta")["abc"][0.0].tolist() == [2.0, 2.0]
+
+
+def test_a_sweep_leaves_out_what_varies_one_to_one_with_its_setting():
+    """As in launch/study/paper_imdb_lengths.yaml: a KL target of its own for each length."""
+
+    def table(*pairs):
+        names = ["algo.kl.target", "length"]
+        conditions = [
+            condition(method, np.full((2, 3), value + place), beta=beta, **dict(zip(names, pair, strict=True)))
+            for method, beta, value in (("none", None, 0.0), ("abc", 0.8, 10.0))
+            for place, pair in enumerate(pairs)
+        ]
+        return Table(conditions, ["method", "beta", *names], [])
+
+    together = table((0.2, 30.0), (0.1, 60.0))
+    lines = figures._sweep_lines(together, "length")
+    assert {label: {x: v[0] for x, v in points.items()} for label, points in lines.items()} == {
+        "none": {30.0: 0.0, 60.0: 1.0},
+        "abc β 0.8": {30.0: 10.0, 60.0: 11.0},
+    }
+    _, captions = figures.draw(analyse(together), "mark")
+    assert "against length (with algo.kl.target)" in captions["sweep_length.png"]
+    crossed = table((0.2, 30.0), (0.1, 60.0), (0.1, 30.0))
+    assert list(figures._sweep_lines(crossed, "length")) == [
+        "none, algo.kl.target 0.1",
+        "abc β 0.8, algo.kl.target 0.1",
+    ]
 
 
 def test_pictures_show_something(tmp_path):

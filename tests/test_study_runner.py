@@ -14,6 +14,7 @@ import pytest
 import study_stand_in
 
 from abc_plugin import cli
+from abc_plugin.errors import UserError
 from abc_plugin.study import directory, progress, runner, settings
 from abc_plugin.study.plan import OWNED
 from abc_plugin.study.settings import Run
@@ -169,7 +170,8 @@ def test_weights_of_finished_runs_go_unless_the_plan_keeps_them(here):
     ("seed", "why"),
     [
         (13, "exit status 2\n  | loading\n  | abc-rlhf: error: thirteen is unlucky; take another\n  the log is out/"),
-        (14, "its reward is NaN in step 2"),
+        (14, "its reward is nan in step 2"),
+        (18, "its reward is inf in step 1"),
         (15, "it logged the reward of 2 steps, the last is 2, the plan has 3"),
         (17, "out/none-seed17 logged neither train/rollout/reward_mean nor train/reward"),
     ],
@@ -215,9 +217,12 @@ def test_a_folder_among_the_runs_that_the_study_did_not_make_is_refused_and_left
     mine.parent.mkdir()
     mine.write_text("mine")
     Path("out/report.html").write_text("of the report")
-    assert study(ONE.replace("SEED", "[1, 2]")) == 2
+    # Not only when its turn comes: nothing of seed 3 is begun.
+    Path("plan.yaml").write_text(ONE.replace("SEED", "[1, 3, 2]"))
+    assert cli.main(["study", "plan.yaml", "--out", "out", "--jobs", "1"]) == 2
     assert "out/none-seed2 has no run.json" in capsys.readouterr().err
     assert mine.read_text() == "mine" and len(rows()) == 3
+    assert not Path("out/none-seed3").exists()
 
 
 def test_another_common_flag_is_refused_and_more_runs_go_on(here, capsys):
@@ -269,6 +274,36 @@ def test_runs_are_given_their_gpus_and_threads(here, monkeypatch, capsys):
     environments = [json.loads(Path(f"out/none-seed{seed}/environment.json").read_text()) for seed in (1, 2)]
     assert [each["CUDA_VISIBLE_DEVICES"] for each in environments] == ["3", "1"]
     assert {each["OMP_NUM_THREADS"] for each in environments} == {"4"}
+
+
+def test_gpus_are_counted_as_pytorch_counts_them(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    plan = type("Plan", (), {"driver": "local"})
+    assert runner._slots(plan, None, "1", 2) == ["6"]
+    with pytest.raises(UserError, match="--gpus 4,6: give numbers below 2"):
+        runner._slots(plan, None, "4,6", 2)
+
+
+def test_a_study_that_changed_while_its_plan_was_checked_is_left_alone(here, monkeypatch, capsys):
+    def slow_answer(question):
+        monkeypatch.setattr(settings, "ask_host", study_stand_in.answer)
+        Path("other.yaml").write_text(ONE.replace("SEED", "2"))
+        assert cli.main(["study", "other.yaml", "--out", "out"]) == 0
+        return study_stand_in.answer(question)
+
+    monkeypatch.setattr(settings, "ask_host", slow_answer)
+    assert study(ONE.replace("SEED", "1")) == 2
+    assert "out: another study has worked there meanwhile; call again" in capsys.readouterr().err
+    assert started() == ["none-seed2"]
+    assert study(ONE.replace("SEED", "1")) == 0
+
+
+def test_runs_of_other_versions_are_named(here, monkeypatch, capsys):
+    assert study(ONE.replace("SEED", "1")) == 0
+    assert "which differs now" not in capsys.readouterr().out
+    monkeypatch.setenv("TORCH", "3")
+    assert study(ONE.replace("SEED", "1..2")) == 0
+    assert "none-seed1 was made with torch 2, which differs now" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -324,11 +359,11 @@ def test_steps_of_nobody_knows_how_many_have_no_gap():
 def test_a_run_with_checkpoints_goes_on_and_one_without_starts_anew(tmp_path):
     study = directory.Study(tmp_path)
     run = Run({"train.seed": ("1",)}, {"train.seed": "1"}, 3, "none-seed1")
-    study.prepare(run, ["first"], goes_on=True)
+    study.prepare(run, ["first"], {}, goes_on=True)
     (tmp_path / "none-seed1" / "checkpoints").mkdir()
-    study.prepare(run, ["second"], goes_on=True)
+    study.prepare(run, ["second"], {}, goes_on=True)
     assert (tmp_path / "none-seed1" / "checkpoints").is_dir()
-    study.prepare(run, ["third"], goes_on=False)
+    study.prepare(run, ["third"], {}, goes_on=False)
     assert [path.name for path in (tmp_path / "none-seed1").iterdir()] == ["run.json"]
     assert json.loads((tmp_path / "none-seed1" / "run.json").read_text())["command"] == ["third"]
 

@@ -3,7 +3,8 @@
 Reads a question from standard input and writes the answer to standard output, both JSON:
 
     {"driver": local or ray, "names": [flag, …], "commands": [[word, …], …], "parse_only": [[word, …], …]}
-    {"values": [{flag: value}, …], "steps": [PPO steps or null, …], "gpus": devices}  or {"error": line, "run": index}
+    {"values": [{flag: value}, …], "steps": [PPO steps or null, …], "gpus": devices, "versions": {package: version}}
+    or {"error": line, "run": index}
 
 ``values`` has the named flags, without dashes, of each command, then of each of ``parse_only``; ``steps`` is of the
 commands. Of commands that differ in the seed alone, the first passes the driver's checks of models and prompts too.
@@ -26,6 +27,7 @@ import torch
 from abc_plugin.errors import CreditError, UserError
 from abc_plugin.host import local, ray_driver
 from abc_plugin.host.adapt import import_host
+from abc_plugin.host.checkpoints import versions
 
 SEED = "train.seed"
 
@@ -52,7 +54,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
                 return {"error": str(error), "run": index}
             except SystemExit:
                 return {"error": "--help is no setting of a run; leave it out", "run": index}
-    return {"values": values, "steps": steps, "gpus": torch.cuda.device_count()}
+    return {"values": values, "steps": steps, "gpus": torch.cuda.device_count(), "versions": versions()}
 
 
 @contextlib.contextmanager

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from openrlhf.models import Actor
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from abc_plugin.config import ShapingConfig
+from abc_plugin.credit.policy import policy_need
 from abc_plugin.errors import UserError
-from abc_plugin.recovery.layers import pretrained
+from abc_plugin.recovery.layers import pretrained, target_layer
 
 
 def check_settings(args: Namespace, shaping: ShapingConfig) -> None:
@@ -42,12 +43,26 @@ def check_settings(args: Namespace, shaping: ShapingConfig) -> None:
         path = getattr(args, name).model_name_or_path
         if path is None:
             continue
-        layers = AutoConfig.from_pretrained(path, trust_remote_code=True).get_text_config().num_hidden_layers
+        config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+        layers = config.get_text_config().num_hidden_layers
         if count >= layers:
             raise UserError(
                 f"--local.train_layers {count}: --{name}.model_name_or_path {path} has {layers} layers; give fewer, "
                 "or leave it out to train all"
             )
+        if name == "actor" and policy_need(shaping):
+            _check_attention(config, shaping, layers)
+
+
+def _check_attention(config: PretrainedConfig, shaping: ShapingConfig, layers: int) -> None:
+    with torch.device("meta"):
+        policy = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    index = target_layer(policy, shaping.layer)[1]
+    if index < layers - shaping.train_layers:
+        raise UserError(
+            f"--reward_shaping {shaping.method} reads the policy's layer {index}, which --local.train_layers "
+            f"{shaping.train_layers} freezes and runs once only; train {layers - index}, or read --shaping.layer -1"
+        )
 
 
 class FrozenStrategy:
@@ -123,6 +138,7 @@ class Trunk:
         self.rows: list[bytes] | None = None  # of the batch that is in the model; None: do not interfere
         self.mask: Tensor | None = None
         self.passed: list[Tensor] | None = None  # while it generates: the states of each pass
+        self.in_tuples = False  # whether a layer returns its states in a tuple, as GPT-J's do
         model.base_model.trunk = self
         model.base_model.forward = self._entering(model.base_model.forward)  # generation takes hooks off
         for layer in self.frozen:
@@ -137,7 +153,7 @@ class Trunk:
             [*trunk.embedding.parameters(), *nn.ModuleList(trunk.frozen).parameters()] for trunk in (self, other)
         )
         return len(mine) == len(theirs) and all(
-            a.shape == b.shape and a.equal(b) for a, b in zip(mine, theirs, strict=True)
+            a.shape == b.shape and a.equal(b.to(a.device)) for a, b in zip(mine, theirs, strict=True)
         )
 
     def _entering(self, forward: Any) -> Any:
@@ -158,18 +174,21 @@ class Trunk:
     def _skipping(self, forward: Any, last: bool) -> Any:
         def run(hidden_BSD: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self.rows is None:
-                out_BSD = forward(hidden_BSD, *args, **kwargs)
+                out = forward(hidden_BSD, *args, **kwargs)
+                self.in_tuples = isinstance(out, tuple)
                 if last and self.passed is not None:
-                    self.passed.append(out_BSD)
-                return out_BSD
+                    self.passed.append(_states(out))
+                return out
             if all(row in self.states for row in self.rows):
-                return self._known(hidden_BSD) if last else hidden_BSD
+                out_BSD = self._known(hidden_BSD) if last else hidden_BSD
+                return (out_BSD, None) if self.in_tuples else out_BSD
             with torch.no_grad():
-                out_BSD = forward(hidden_BSD, *args, **kwargs)
+                out = forward(hidden_BSD, *args, **kwargs)
+            self.in_tuples = isinstance(out, tuple)
             if last:
-                for row, state_SD, kept in zip(self.rows, out_BSD, self.mask, strict=True):
+                for row, state_SD, kept in zip(self.rows, _states(out), self.mask, strict=True):
                     self.states.setdefault(row, state_SD[kept].clone())
-            return out_BSD
+            return out
 
         return run
 
@@ -197,6 +216,10 @@ class Trunk:
         out_BSD = torch.zeros_like(hidden_BSD)
         out_BSD[self.mask] = torch.cat([self.states[row] for row in self.rows]).to(out_BSD.dtype)
         return out_BSD
+
+
+def _states(layer_output: Any) -> Tensor:
+    return layer_output[0] if isinstance(layer_output, tuple) else layer_output
 
 
 def keeping(model: PreTrainedModel, *rows: list) -> contextlib.AbstractContextManager:

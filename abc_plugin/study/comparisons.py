@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from abc_plugin.study.curves import LAST, Steps, at_equal_kl, steps_to_plateau
+from abc_plugin.study import words
+from abc_plugin.study.curves import LAST, Steps, at_equal_kl, steps_to_rise
 from abc_plugin.study.statistics import (
     Estimate,
     Paired,
@@ -94,6 +95,8 @@ def analyse(table: Table) -> Analysis:
             f"Without a baseline (method {BASELINE} with the same other settings), so in the tables only: "
             f"{'; '.join(alone)}."
         )
+    if short := sorted({len(c.steps) for c in table.conditions if len(c.steps) <= LAST}):
+        warnings.append(f"Runs of {', '.join(map(str, short))} steps: what is said of the last {LAST} is of them all.")
     pairs += [(c, table.uniform(c)) for c in table.conditions if c.method == "abc"]
     comparisons = []
     for condition, other in pairs:
@@ -101,6 +104,7 @@ def analyse(table: Table) -> Analysis:
             comparison, notes = _compare(table, condition, other)
             comparisons.append(comparison)
             warnings += notes
+    warnings = list(dict.fromkeys(warnings))  # what is said of a baseline, once
     return Analysis(table, [_summary(c) for c in table.conditions], _corrected(comparisons), warnings)
 
 
@@ -130,10 +134,16 @@ def _compare(table: Table, condition: Condition, other: Condition) -> tuple[Comp
     found, equal_kl = _equal_kl(ours, theirs)
     if found:
         tests[EQUAL_KL] = found
-        if found.n < len(seeds):
-            notes.append(f"{named}: {len(seeds) - found.n} of {len(seeds)} pairs share no KL and are left out there.")
+    without = len(seeds) - (found.n if found else 0)
+    if "kl" in both and without:
+        notes.append(f"{named}: {without} of {len(seeds)} pairs share no KL: not in {WORDS[EQUAL_KL]}.")
     spread = {name: ratio for name in SPREAD if (ratio := deviation_ratio(*values[name]))}
-    steps = steps_to_plateau(ours["reward"], theirs["reward"], condition.steps) if other.method == BASELINE else None
+    steps = steps_to_rise(ours["reward"], theirs["reward"], condition.steps) if other.method == BASELINE else None
+    if steps and steps.late_rise and steps.late_rise.sign > 0:
+        notes.append(
+            f"{table.label(other)} still rises in its last {LAST} steps, by {words.estimate(steps.late_rise)} from "
+            "their first half to their second: it has no plateau yet, and steps are counted to where it got."
+        )
     tests = {name: tests[name] for name in COMPARED if name in tests}
     return Comparison(condition, other, seeds, tests, spread, steps, equal_kl), notes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc_plugin.study import verdict, words
 from abc_plugin.study.comparisons import COMPARED, EQUAL_KL, SPREAD, WORDS, Analysis, Comparison, Summary
-from abc_plugin.study.curves import FEWEST, LAST, RESAMPLES, SHARE, TOP, WINDOW
+from abc_plugin.study.curves import FEWEST, HELD, LAST, RESAMPLES, SHARE, TOP, WINDOW
 from abc_plugin.study.document import Grid, Section
 from abc_plugin.study.statistics import coverage_of_two_errors
 from abc_plugin.study.table import BASELINE, Table, shown
@@ -80,8 +80,8 @@ def _claims(analysis: Analysis) -> Section | None:
     about = (
         f"As seen here, for each condition of abc against {BASELINE}: by the paired tests after Holm, by Pitman and "
         "Morgan's of standard deviations after Holm, and for steps by the interval of their ratio: seen up to a half, "
-        "not seen above a half, its opposite above 1, undecided where it holds a half. The numbers are differences, "
-        "and for steps and standard deviations ratios."
+        "not seen above a half, its opposite above 1, undecided where it holds a half, or where the baseline still "
+        f"rises in its last {LAST} steps. The numbers are differences, and for steps and standard deviations ratios."
     )
     rows = [[who, *(f"{said}: {number}" if number else said for said, number in row)] for who, row in found.items()]
     grid = Grid(("condition", *verdict.CLAIMS), rows, numbers=1 + len(verdict.CLAIMS))
@@ -115,8 +115,9 @@ def _differences(analysis: Analysis, pictures: list[tuple[str, str]]) -> Section
     if not analysis.comparisons:
         return None
     about = (
-        f"Runs of one seed share prompts and their order, so each seed gives one difference, to {BASELINE} with "
-        "otherwise the same settings, and for abc to uniform of the same β: mean with its 95 % t interval; p of the "
+        "Runs of one seed are paired (with abc-rlhf local they share prompts, their order and the random numbers of "
+        f"sampling), so each seed gives one difference, to {BASELINE} with otherwise the same settings, and for abc "
+        "to uniform of the same β: mean with its 95 % t interval; p of the "
         "paired t-test and of Wilcoxon's signed-rank test (which cannot fall under 0.05 with fewer than 6 pairs), "
         "after Holm's correction over the rows of a table; d_z is the mean over the standard deviation of the "
         "differences."
@@ -146,18 +147,20 @@ def _steps(analysis: Analysis) -> Section | None:
     timed = [c for c in analysis.comparisons if c.other.method == BASELINE and c.seeds]
     if not timed:
         return None
+    held = " and ".join(f"{low} to {high} % with {n} seeds" for n, (low, high) in HELD.items())
     about = (
         f"The step at which the mean curve over seeds (smoothed: mean of the {WINDOW} steps around each; linear "
-        f"between steps) first reaches the baseline's first step plus {100 * SHARE:.0f} % of the way from there to "
-        f"its plateau, the mean of its last {LAST} steps; the way from the start, so that it means the same for "
-        f"negative rewards. Intervals: bootstrap of {RESAMPLES:,} resamples of seeds, baseline, plateau and condition "
-        "together, with percentiles widened for few seeds (Hesterberg 2015); in simulated studies they held the truth "
-        f"in 93 to 97 % with 10 seeds and 89 to 95 % with 5; of fewer than {FEWEST} seeds none is given. A condition "
-        "that does not reach it has ∞; “never” is the share of resamples that do not."
+        f"between steps) first reaches {100 * SHARE:.0f} % of the baseline's rise: of the way from its first step to "
+        f"the mean of its last {LAST} steps, whether or not it has come to a plateau there; a share of the way, so "
+        f"that it means the same for negative rewards. Intervals: bootstrap of {RESAMPLES:,} resamples of seeds, "
+        "baseline and condition together, with percentiles widened for few seeds (Hesterberg 2015); they are "
+        f"approximate: in simulated studies of methods slower, as fast and faster they held the truth in {held}; of "
+        f"fewer than {FEWEST} seeds none is given. A condition that does not reach it has ∞; “never” is the share of "
+        "resamples that do not."
     )
     rows = [_steps_row(analysis.table, comparison) for comparison in timed]
     header = ("condition", "reward to reach", "steps", "never", f"steps of {BASELINE}", "ratio")
-    return Section(f"Steps to {100 * SHARE:.0f} % of the baseline's plateau", [about], [], [Grid(header, rows)])
+    return Section(f"Steps to {100 * SHARE:.0f} % of the baseline's rise", [about], [], [Grid(header, rows)])
 
 
 def _steps_row(table: Table, comparison: Comparison) -> list[str]:
@@ -182,7 +185,7 @@ def _spread(analysis: Analysis) -> Section | None:
     about = (
         "Standard deviation (n − 1) over seeds of a run's mean reward, with its 95 % interval by chi-square; against "
         "the baseline as a ratio of standard deviations, with Pitman and Morgan's interval and test for pairs (p "
-        "after Holm), since runs of one seed share prompts. All three take runs for normally distributed."
+        "after Holm), since runs of one seed are paired. All three take runs for normally distributed."
     )
     label = analysis.table.label
     rows = [[label(s.condition), *(words.estimate(s.deviations[name]) for name in SPREAD)] for s in spreads]
@@ -246,7 +249,7 @@ def _sweeps(pictures: list[tuple[str, str]]) -> Section | None:
         return None
     about = (
         "Reward over training against one setting, mean ± standard deviation over seeds. At β = 0 every method is the "
-        f"sparse reward, so {BASELINE} stands there."
+        f"sparse reward, so {BASELINE} stands there for a method without a run of its own."
     )
     return Section("Sweeps", [about], [], [], pictures)
 

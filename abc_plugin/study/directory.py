@@ -39,7 +39,7 @@ class Study:
         """Flags of the runs that are there, by folder. Raises UserError where there is no study, or another plan's."""
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"{self.root} is a file; give another --out")
-        there = sorted(path for path in self.root.glob("*") if path.name != LOCK)
+        there = sorted(path for path in self.root.glob("*") if path.name not in (LOCK, f".{PLAN}.part"))
         if not there:
             return {}
         frozen = self.root / PLAN
@@ -50,8 +50,11 @@ class Study:
         notes = {path.parent.name: json.loads(path.read_text("utf-8")) for path in files}
         return {name: {flag: tuple(words) for flag, words in note["flags"].items()} for name, note in notes.items()}
 
-    def claim(self, plan: Plan) -> None:
-        """Make the directory this process's until it ends, and note the plan. Raises UserError when another has it."""
+    def claim(self, plan: Plan, older: dict[str, dict[str, Words]]) -> None:
+        """Make the directory this process's until it ends, and note the plan.
+
+        Raises UserError when another has it, or has changed what was ``older`` there.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.root / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
         try:
@@ -62,6 +65,8 @@ class Study:
                 f"{self.root}: a study is running there (process {self.lock.read().strip()}); wait for it, or give "
                 "another --out"
             ) from None
+        if self.older(plan) != older:
+            raise UserError(f"{self.root}: another study has worked there meanwhile; call again")
         self.lock.truncate(0)
         self.lock.write(f"{os.getpid()}\n")
         self.lock.flush()
@@ -70,10 +75,22 @@ class Study:
     def folder(self, run: Run) -> Path:
         return self.root / run.name
 
+    def refuse_foreign(self, runs: Iterable[Run]) -> None:
+        """Raises UserError for a folder of a run's name which the study did not make."""
+        for folder in map(self.folder, runs):
+            if folder.exists() and not (folder / RUN).is_file():
+                raise UserError(
+                    f"{folder} has no {RUN}: the study did not make it; move it away, or give another --out"
+                )
+
     def finished(self, run: Run) -> bool:
         return (self.folder(run) / CURVE).exists()
 
-    def prepare(self, run: Run, command: list[str], *, goes_on: bool) -> None:
+    def versions(self, run: Run) -> dict[str, str] | None:
+        """What computed a run."""
+        return json.loads((self.folder(run) / RUN).read_text("utf-8")).get("versions")
+
+    def prepare(self, run: Run, command: list[str], versions: dict[str, str], *, goes_on: bool) -> None:
         """The run's folder, with its run.json from the first moment on; emptied, unless a stopped run goes on there.
 
         Raises UserError for a folder of that name which the study did not make.
@@ -83,13 +100,18 @@ class Study:
             fresh.mkdir(exist_ok=True)
             write_whole(fresh / RUN, _json({"run": run.name, "flags": run.flags, "settings": run.settings}))
             fresh.rename(folder)
-        if not (folder / RUN).is_file():
-            raise UserError(f"{folder} has no {RUN}: the study did not make it; move it away, or give another --out")
+        self.refuse_foreign([run])
         if not goes_on:
             for path in folder.iterdir():
                 if path.name != RUN:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        note = {"run": run.name, "settings": run.settings, "flags": run.flags, "command": command}
+        note = {
+            "run": run.name,
+            "settings": run.settings,
+            "flags": run.flags,
+            "command": command,
+            "versions": versions,
+        }
         write_whole(folder / RUN, _json(note))
 
     def finish(self, run: Run, seconds: float, *, keep_policy: bool) -> str | None:
@@ -162,8 +184,8 @@ def _fault(reward: dict[int, float], steps: int | None) -> str | None:
     wanted = list(range(1, (steps or len(reward)) + 1))
     if sorted(reward) != wanted:
         return f"it logged the reward of {len(reward)} steps, the last is {max(reward)}, the plan has {steps or 'all'}"
-    if bad := [step for step in wanted if math.isnan(reward[step])]:
-        return f"its reward is NaN in step {bad[0]}"
+    if bad := [step for step in wanted if not math.isfinite(reward[step])]:
+        return f"its reward is {reward[bad[0]]} in step {bad[0]}"
     return None
 
 

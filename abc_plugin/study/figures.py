@@ -64,7 +64,7 @@ def draw(analysis: Analysis, mark: str) -> tuple[dict[str, bytes], dict[str, str
         for name in table.varied:
             if figure := _sweep(table, name):
                 file = f"sweep_{_file_name(name)}.png"
-                captions[file], figures[file] = SWEEP.format(SYMBOLS.get(name, name)), figure
+                captions[file], figures[file] = SWEEP.format(_swept(table, name)), figure
         return {name: _png(figure, mark) for name, figure in figures.items()}, captions
 
 
@@ -197,7 +197,7 @@ def _sweep(table: Table, name: str) -> Figure | None:
             style = {"fmt": MARKERS[place], "linestyle": line, "color": colour, "capsize": 3, "label": label}
             axes.errorbar(x, [v.mean() for _, v in points], yerr=[_deviation(v) for _, v in points], **style)
         axes.set_xticks(ticks)
-        axes.set(xlabel=SYMBOLS.get(name, name), ylabel="mean reward over training")
+        axes.set(xlabel=_swept(table, name), ylabel="mean reward over training")
         axes.legend(
             loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1 + (len(part) > 3), frameon=False, fontsize=9
         )
@@ -210,17 +210,36 @@ def _deviation(values: np.ndarray) -> float:
 
 def _sweep_lines(table: Table, name: str) -> dict[str, dict[float, np.ndarray]]:
     """Lines with two or more values of the setting: what else varies as label, then x and a number per run."""
+    along = _along(table, name)
+    left_out = dict.fromkeys([name, *along])
     lines: dict[str, dict[float, np.ndarray]] = {}
     for condition in table.conditions:
         x = condition.settings[name]
         if isinstance(x, float):
-            label = table.label(replace(condition, settings=condition.settings | {name: None}))
+            label = table.label(replace(condition, settings=condition.settings | left_out))
             lines.setdefault(label, {})[x] = per_run(condition.curves, "reward")
     lines = {label: points for label, points in lines.items() if len(points) > 1}
-    if name == "beta":
+    if name == "beta" and not along:
         for condition in table.conditions:
-            label = table.label(replace(condition, settings=condition.settings | {name: None}))
+            label = table.label(replace(condition, settings=condition.settings | left_out))
             base = table.baseline(condition)
             if label in lines and base is not None:
-                lines[label][0.0] = per_run(base.curves, "reward")
+                lines[label].setdefault(0.0, per_run(base.curves, "reward"))
     return lines
+
+
+def _along(table: Table, name: str) -> list[str]:
+    """Settings that vary one to one with this one, such as a KL target per length: no line could be of one of them."""
+    having = [c.settings for c in table.conditions if isinstance(c.settings[name], float)]
+    found = []
+    for other in table.varied:
+        both = {(settings[name], settings[other]) for settings in having}
+        if other not in ("method", name) and len(both) == len({x for x, _ in both}) == len({y for _, y in both}):
+            found.append(other)
+    return found
+
+
+def _swept(table: Table, name: str) -> str:
+    """The setting, and what varies along with it: ``length (with algo.kl.target)``."""
+    along = _along(table, name)
+    return SYMBOLS.get(name, name) + (f" (with {', '.join(SYMBOLS.get(x, x) for x in along)})" if along else "")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from abc_plugin.errors import UserError
-from abc_plugin.study.table import BASELINE, METRICS, Condition, Table, Value, of_credit, shown
+from abc_plugin.study.table import BASELINE, CREDIT_SETTINGS, METRICS, Condition, Table, Value, of_credit, shown
 
 NAME = "results.csv"  # in a study's directory
 NEEDED = ("method", "seed", "step", "reward")
@@ -100,7 +100,7 @@ def _runs(path: Path, lines: list[tuple[int, dict[str, Any]]], names: list[str])
         if values[0] is None:
             raise UserError(f"{where}: method is empty; name the method, {BASELINE} for the sparse reward")
         if values[0] == BASELINE:
-            values = [None if of_credit(name, but=("method",)) else x for name, x in zip(names, values, strict=True)]
+            values = [None if name in CREDIT_SETTINGS else x for name, x in zip(names, values, strict=True)]
         seed, step = (_whole(where, name, cells.get(name)) for name in ("seed", "step"))
         run = runs.setdefault((tuple(values), seed), {})
         if step in run:

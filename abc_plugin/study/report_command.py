@@ -29,6 +29,7 @@ except ModuleNotFoundError as error:
 
 MARK = "made by abc-rlhf study report"  # near the start of each of its files: only these may be overwritten
 START = 400  # bytes
+ABOUT = 'null: there is none, such as an interval of too few seeds; "never": no number of steps reaches the reward'
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,19 +63,21 @@ def _files(analysis: Analysis, path: Path, command: str) -> dict[str, bytes]:
     """All files by name, from nothing but the table: the same table gives the same bytes."""
     pictures, captions = figures.draw(analysis, MARK)
     parts = sections(analysis, captions, path.name)
+    numbers = as_json(analysis) | {"figures": list(pictures)}
     texts = {
         "report.md": as_markdown(MARK, headline(analysis), parts, command),
-        "report.json": json.dumps(as_json(analysis), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.json": json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "report.html": as_html(f"Study: {MARK}", headline(analysis), parts, pictures, command),
     }
     return {name: text.encode() for name, text in texts.items()} | pictures
 
 
 def as_json(analysis: Analysis) -> dict[str, Any]:
-    """The numbers behind the texts, in full; null where there is none or none that is finite."""
+    """The numbers behind the texts, in full; its ``about`` says what stands where there is none."""
     table = analysis.table
     return {
         "made_by": MARK,
+        "about": ABOUT,
         "headline": headline(analysis),
         "verdicts": sentences(analysis),
         "claims": {"lines": claim_lines(analysis), "conditions": claims(analysis)},
@@ -90,7 +93,7 @@ def _plain_pair(table: Table, comparison: Comparison) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses as objects without their curves, infinities and NaN as None."""
+    """Dataclasses as objects without their curves; infinite, which only steps and their ratio are, as never."""
     if is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value) if field.name != "curves"}
     if isinstance(value, dict):
@@ -98,23 +101,39 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
+        return float(value) if math.isfinite(value) else "never" if value == math.inf else None
     return value
 
 
 def _write(out: Path, files: dict[str, bytes]) -> None:
-    """All files, or none where one in the way is not a report's."""
+    """All files, or none where one in the way is not a report's; pictures that are no longer drawn are removed."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in files:
-            if (out / name).exists() and MARK.encode() not in (out / name).read_bytes()[:START]:
+            if (out / name).exists() and not _is_ours(out / name):
                 raise UserError(
                     f"{out / name} is not of abc-rlhf study report and is left alone; choose another --out"
                 )
+        for name in _drawn_before(out):
+            if name not in files and (out / name).is_file() and _is_ours(out / name):
+                (out / name).unlink()
         for name, content in files.items():
             (out / name).write_bytes(content)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
+
+
+def _is_ours(file: Path) -> bool:
+    return MARK.encode() in file.read_bytes()[:START]
+
+
+def _drawn_before(out: Path) -> list[str]:
+    """Pictures that the report now there lists; none where there is none, or one that was cut off while written."""
+    try:
+        figures_then = json.loads((out / "report.json").read_bytes()).get("figures", [])
+    except (FileNotFoundError, ValueError):
+        return []
+    return [name for name in figures_then if Path(name).name == name]  # of this folder
 
 
 def _print(analysis: Analysis) -> None:

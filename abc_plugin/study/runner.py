@@ -19,7 +19,7 @@ from abc_plugin.errors import UserError
 from abc_plugin.study.directory import LOG, Study
 from abc_plugin.study.plan import Plan, command_words, read_plan
 from abc_plugin.study.progress import Bar, duration, steps_in
-from abc_plugin.study.settings import Run, give_names, resolve
+from abc_plugin.study.settings import Resolved, Run, give_names, resolve
 
 PROGRAM = [sys.executable, "-m", "abc_plugin"]
 POLL = 0.5  # seconds between two looks at the runs
@@ -39,25 +39,27 @@ def run_study(plan_file: str, out: str | None, *, smoke: bool, jobs: int | None,
     found = resolve(plan, older)
     give_names(found.runs, found.older)
     slots = _slots(plan, jobs, gpus, found.gpus)
-    study.claim(plan)
+    study.refuse_foreign(found.runs)
+    study.claim(plan, older)
     # A finished run stays in the tables when the plan has it no more; its settings are columns like any.
     everything = {run.name: run for run in [*filter(study.finished, found.older), *found.runs]}
-    return _Session(plan, study, found.runs, list(everything.values()), slots).run()
+    return _Session(plan, study, found, list(everything.values()), slots).run()
 
 
 def _slots(plan: Plan, jobs: int | None, gpus: str | None, there: int) -> list[str | None]:
     """One entry per run at a time: the GPU that it is given, None where it is left what there is."""
+    visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(there)))).split(",")
     if gpus is not None:
-        names = [name.strip() for name in gpus.split(",")]
-        if not all(names) or (there and any(name.isdecimal() and int(name) >= there for name in names)):
-            raise UserError(f"--gpus {gpus}: give numbers below {there}, such as 0,1")
+        places = [place.strip() for place in gpus.split(",")]
         if not there:
             raise UserError(f"--gpus {gpus}: PyTorch sees no GPU here; leave it out")
-    elif plan.driver == "ray":  # a cluster is shared out by Ray
+        if not all(place.isdecimal() and int(place) < there for place in places):
+            raise UserError(f"--gpus {gpus}: give numbers below {there}, such as 0,1, as PyTorch counts the GPUs")
+        names = [visible[int(place)] for place in places]
+    elif plan.driver == "ray" or not there:  # a cluster is shared out by Ray
         names = [None]
     else:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = (visible.split(",") if visible else list(map(str, range(there)))) if there else [None]
+        names = visible
     if jobs is None:
         jobs = len(names) if names[0] is not None else 1 if plan.driver == "ray" else min(2, _cores())
     return [names[i % len(names)] for i in range(jobs)]
@@ -78,8 +80,9 @@ class _Active:
 class _Session:
     """One call of the command: starts, watches and ends the processes of the runs that are not finished."""
 
-    def __init__(self, plan: Plan, study: Study, runs: list[Run], everything: list[Run], slots: list) -> None:
-        self.plan, self.study, self.runs, self.everything, self.slots = plan, study, runs, everything, slots
+    def __init__(self, plan: Plan, study: Study, found: Resolved, everything: list[Run], slots: list) -> None:
+        self.plan, self.study, self.everything, self.slots = plan, study, everything, slots
+        self.runs, self.versions = found.runs, found.versions
         self.free = deque(slots)
         self.active: list[_Active] = []
         self.failed: list[str] = []
@@ -97,6 +100,7 @@ class _Session:
             f"{len(self.slots)} at a time; in {self.study.root}",
             flush=True,
         )
+        self._warn_of_other_versions()
         try:
             with _terminated_as_interrupted(), self._bar() as bar:
                 while waiting or self.active:
@@ -111,6 +115,13 @@ class _Session:
         finally:
             self._end_all(signal.SIGKILL)
         return self._close()
+
+    def _warn_of_other_versions(self) -> None:
+        for run in self._finished():
+            before = self.study.versions(run) or self.versions
+            if other := [f"{name} {was}" for name, was in before.items() if was != self.versions.get(name)]:
+                print(f"study: {run.name} was made with {', '.join(other)}, which differs now: so may results")
+                return
 
     def _finished(self) -> list[Run]:
         return [run for run in self.runs if self.study.finished(run)]
@@ -127,7 +138,7 @@ class _Session:
             "logger.tensorboard_dir": (str(folder.resolve() / "tensorboard"),),
         }
         command = [*PROGRAM, self.plan.driver, *command_words(flags), *(["--ckpt.load_enable"] if goes_on else [])]
-        self.study.prepare(run, command, goes_on=goes_on)
+        self.study.prepare(run, command, self.versions, goes_on=goes_on)
         slot = self.free.popleft()
         environment = {"OMP_NUM_THREADS": str(max(1, _cores() // len(self.slots)))} | os.environ
         if slot is not None:

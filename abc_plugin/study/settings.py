@@ -12,6 +12,7 @@ from typing import Any
 
 from abc_plugin.errors import UserError
 from abc_plugin.study.plan import Plan, Words, command_words
+from abc_plugin.study.table import CREDIT_SETTINGS
 
 # Short names of columns; every other flag keeps its name. The first, second and last are always there.
 COLUMNS = {
@@ -45,11 +46,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Resolved:
-    """The host's answer: the plan's runs, each once and seed by seed, the older ones', and how many GPUs there are."""
+    """The host's answer: the plan's runs, each once and seed by seed, the older ones', the number of GPUs, and what
+    computes here."""
 
     runs: list[Run]
     older: list[Run]
     gpus: int
+    versions: dict[str, str]
 
 
 def resolve(plan: Plan, older: dict[str, dict[str, Words]]) -> Resolved:
@@ -80,7 +83,7 @@ def resolve(plan: Plan, older: dict[str, dict[str, Words]]) -> Resolved:
     first = {run.identity: place for place, run in reversed(list(enumerate(runs)))}
     seeds = list(dict.fromkeys(run.settings["train.seed"] for run in runs))
     ordered = sorted(once.values(), key=lambda run: (seeds.index(run.settings["train.seed"]), first[run.identity]))
-    return Resolved(ordered, there, answer["gpus"])
+    return Resolved(ordered, there, answer["gpus"], answer["versions"])
 
 
 def ask_host(question: dict[str, Any]) -> dict[str, Any]:
@@ -96,8 +99,8 @@ def ask_host(question: dict[str, Any]) -> dict[str, Any]:
 
 def _settings(values: dict[str, Any]) -> dict[str, str]:
     settings = {name: text(value) for name, value in values.items()}
-    if settings["reward_shaping"] == "none":
-        settings["shaping.beta"] = ""  # it moves nothing
+    if settings["reward_shaping"] == "none":  # they move nothing
+        settings |= {name: "" for name in settings if column(name) in CREDIT_SETTINGS}
     return settings
 
 

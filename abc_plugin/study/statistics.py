@@ -75,11 +75,11 @@ class Ratio:
 
 
 def deviation_ratio(x: Sequence[float], y: Sequence[float]) -> Ratio | None:
-    """s_x / s_y of pairs (same seed, same prompts), with Pitman and Morgan's test and interval.
+    """s_x / s_y of pairs (runs of the same seed), with Pitman and Morgan's test and interval.
 
     Var x = Var y exactly where x + y and x - y are uncorrelated, so p is that of their correlation (t, n - 2); the
     interval inverts it: (s_x/s_y) sqrt(K ∓ sqrt(K² - 1)), K = 1 + 2 (1 - r²) t²_{n-2, 0.975} / (n - 2), r the
-    correlation of x and y. Runs of one seed share their prompts: a test for independent samples (Brown and Forsythe's)
+    correlation of x and y. Where runs of one seed are alike, a test for independent samples (Brown and Forsythe's)
     would lose power from that. None where fewer than two pairs or s_y = 0; no test below three pairs or where s_x = 0.
     """
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)

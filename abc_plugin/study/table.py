@@ -12,6 +12,16 @@ import numpy as np
 
 BASELINE = "none"  # the method that the others are compared with
 METRICS = ("reward", "kl", "value_loss")
+# Columns that say how a method spreads the reward: they mean nothing to the baseline, which spreads none.
+CREDIT_SETTINGS = (
+    "beta",
+    "shaping.layer",
+    "shaping.heads",
+    "shaping.drop",
+    "shaping.entropy_floor",
+    "shaping.segment",
+    "shaping.recovery",
+)
 SYMBOLS = {"beta": "β", "lambda": "λ"}
 
 Value = float | str | None  # of a setting; None: empty, it means nothing to the method
@@ -53,7 +63,7 @@ class Table:
         """``abc β 0.8, λ 0.95``: method, beta, and the settings that vary; those of the group may be left out."""
         settings = condition.settings
         beta = "" if settings["beta"] is None else f" β {shown(settings['beta'])}"
-        credit = self._named((name, settings[name]) for name in settings if of_credit(name, but=("method", "beta")))
+        credit = self._named((name, settings[name]) for name in CREDIT_SETTINGS[1:] if name in settings)
         parts = [f"{condition.method}{beta}", credit, self.group_label(condition) if group else ""]
         return ", ".join(part for part in parts if part)
 
@@ -87,9 +97,9 @@ class Table:
         return next((other for other in self.conditions if other.settings == wanted), None)
 
 
-def of_credit(name: str, but: tuple[str, ...] = ()) -> bool:
-    """Whether a column is the method or a setting of its credit, which means nothing to the baseline."""
-    return (name in ("method", "beta") or name.startswith("shaping.")) and name not in but
+def of_credit(name: str) -> bool:
+    """Whether a column is the method or a setting of its credit, in which a condition and its baseline may differ."""
+    return name == "method" or name in CREDIT_SETTINGS
 
 
 def shown(value: Value) -> str:

@@ -6,6 +6,7 @@ from collections import Counter
 
 from abc_plugin.study import words
 from abc_plugin.study.comparisons import EQUAL_KL, WORDS, Analysis, Comparison
+from abc_plugin.study.curves import LAST, SHARE
 from abc_plugin.study.statistics import SIGNIFICANT, Paired
 from abc_plugin.study.table import BASELINE, Table
 
@@ -14,7 +15,7 @@ YES, NO, OPPOSITE, OPEN = "seen", "not seen", "the opposite seen", "undecided"
 Outcome = tuple[str, str]  # one of those, and the number behind it
 CLAIMS = {
     "higher reward over training": "Table 1",
-    "at most half the steps to the baseline's plateau": "section 5.3",
+    f"at most half the steps to {100 * SHARE:.0f} % of the baseline's rise": "section 5.3",
     "less variance across seeds": "section 5.3",
     "lower KL over training": "section 5.5",
     "higher reward at equal KL": "section 5.5",
@@ -95,8 +96,10 @@ def claim_lines(analysis: Analysis) -> list[str]:
 
 def _by_test(comparison: Comparison, measure: str, way: int) -> Outcome:
     found = comparison.paired.get(measure)
-    if found is None or found.p_t is None:
-        return OPEN, "" if found is None else words.number(found.difference.value)
+    if found is None:
+        return OPEN, "no KL in common" if measure == EQUAL_KL and "kl" in comparison.paired else ""
+    if found.p_t is None:
+        return OPEN, words.number(found.difference.value)
     number = words.estimate(found.difference)
     if not significant(found):
         return NO, number
@@ -108,6 +111,9 @@ def _half_the_steps(comparison: Comparison) -> Outcome:
         return OPEN, f"{BASELINE} does not rise"
     ratio = comparison.steps.ratio
     number = f"{words.estimate(ratio)} of {BASELINE}'s"
+    late_rise = comparison.steps.late_rise
+    if late_rise and late_rise.sign > 0:
+        return OPEN, f"{number}, which still rises in its last {LAST} steps"
     if ratio.low is None:
         return OPEN, number
     if ratio.high <= 0.5:

@@ -109,3 +109,16 @@ def test_quickstart(tiny, tmp_path):
     assert "16 held-out prompts" in page
     assert (out / "curves.png").stat().st_size > 10_000
     assert len((out / "after.jsonl").read_text().splitlines()) == 16
+
+
+def test_the_studys_report_is_what_its_results_say(tmp_path, monkeypatch):
+    committed = ROOT / "launch" / "study" / "embedded"
+    monkeypatch.chdir(ROOT)
+    assert main(["study", "report", "launch/study/embedded/results.csv", "--out", str(tmp_path)]) == 0
+    report = (committed / "report.md").read_text(encoding="utf-8")
+    assert (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()[:-1] == report.splitlines()[:-1]
+    assert {path.name for path in tmp_path.glob("*.png")} == {path.name for path in committed.glob("*.png")}
+    [table] = re.findall(r"\| minus its `none`.*\n\|[-|]*\n((?:\|.*\n)*)", README)
+    numbers = [cell.strip() for row in table.splitlines() for cell in row.split("|")[2:-1] if cell.strip()]
+    assert len(numbers) == 2 + 6 * 4
+    assert not [number for number in numbers if number not in report]

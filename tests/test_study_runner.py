@@ -37,7 +37,14 @@ class Call:
         words = [sys.executable, study_stand_in.__file__, "study", "plan.yaml", "--out", "out", *options]
         environment = os.environ | {"STARTS": str(self.starts)} | environment
         self.log = open(root / "said.txt", "w+")  # noqa: SIM115
-        self.process = subprocess.Popen(words, cwd=root, env=environment, stdout=self.log, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            words,
+            cwd=root,
+            env=environment,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in background
+        )
 
     def running(self) -> list[tuple[str, int]]:
         """(name, process) of every run that was started so far."""

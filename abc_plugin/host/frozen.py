@@ -128,7 +128,7 @@ class Trunk:
     frozen layer. A batch whose rows are all known skips the layers; any other is computed and kept. Attention is
     causal and padding is masked, so a row's states depend on nothing else, but for rounding: a kernel may sum in
     another order for another shape of batch. Generation, which keeps keys and values, passes through untouched, and
-    what passed can be kept as well (``keep``).
+    what passed can be kept as well (``keeping``).
     """
 
     def __init__(self, model: PreTrainedModel, count: int) -> None:
@@ -137,6 +137,7 @@ class Trunk:
         self.states: dict[bytes, Tensor] = {}
         self.rows: list[bytes] | None = None  # of the batch that is in the model; None: do not interfere
         self.mask: Tensor | None = None
+        self.known = False  # whether all its rows' states are kept
         self.passed: list[Tensor] | None = None  # while it generates: the states of each pass
         self.in_tuples = False  # whether a layer returns its states in a tuple, as GPT-J's do
         model.base_model.trunk = self
@@ -161,12 +162,13 @@ class Trunk:
 
         @functools.wraps(forward)
         def run(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.rows, self.mask = None, kwargs.get("attention_mask")
+            self.rows, self.mask, self.known = None, kwargs.get("attention_mask"), False
             if self.mask is not None and kwargs.get("past_key_values") is None and not kwargs.get("use_cache"):
                 self.mask = self.mask.bool()
                 positions_BS = kwargs["position_ids"].expand_as(input_ids)
                 both_BS2 = torch.stack([input_ids, positions_BS], -1).cpu()
                 self.rows = [row[kept].numpy().tobytes() for row, kept in zip(both_BS2, self.mask.cpu(), strict=True)]
+                self.known = all(row in self.states for row in self.rows)
             return forward(input_ids, *args, **kwargs)
 
         return run
@@ -179,7 +181,7 @@ class Trunk:
                 if last and self.passed is not None:
                     self.passed.append(_states(out))
                 return out
-            if all(row in self.states for row in self.rows):
+            if self.known:
                 out_BSD = self._known(hidden_BSD) if last else hidden_BSD
                 return (out_BSD, None) if self.in_tuples else out_BSD
             with torch.no_grad():

@@ -113,7 +113,7 @@ class ShapingConfig:
     def __post_init__(self) -> None:
         if not 0.0 <= self.beta <= 1.0:
             raise UserError(f"--shaping.beta {self.beta} is outside [0, 1]; the reference runs used 0.8")
-        if self.layer not in ("last_full", "last") and not self.layer.lstrip("-").isdecimal():
+        if self.layer not in ("last_full", "last") and not self.layer.removeprefix("-").isdecimal():
             raise UserError(f"--shaping.layer {self.layer!r} is neither last_full, last nor a layer index such as -1")
         if self.heads != "all" and not all(word.isdecimal() for word in self.heads.split(",")):
             raise UserError(f"--shaping.heads {self.heads!r} is neither all nor a list of head indices such as 0,3,5")

@@ -26,6 +26,7 @@ def test_defaults_and_what_is_left_for_the_host():
         (["--shaping.show_every", "-1"], "--shaping.show_every -1, --shaping.show_samples 4: give 0"),
         (["--shaping.show_samples", "0"], "--shaping.show_samples 0: give 0 .never. or more, and at least 1"),
         (["--shaping.layer", "middle"], "--shaping.layer 'middle' is neither"),
+        (["--shaping.layer=--1"], "--shaping.layer '--1' is neither"),
         (
             ["--shaping.bta", "0.5"],
             "unknown flag --shaping.bta; the plugin's flags are --reward_shaping, --shaping.beta",

@@ -47,7 +47,7 @@ def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("other") / "made"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "read_corpus", lambda *_: corpus)
-        return prepare.ensure_other(out, recipe=TINY)
+        return prepare.ensure_reward_model("other_reward_model", out, recipe=TINY)
 
 
 def test_the_tokenizer_is_gpt2s_with_a_token_for_padding(made):
@@ -169,7 +169,7 @@ def test_the_flag_makes_it_once_and_prints_the_path(tmp_path, monkeypatch, capsy
     assert main(["prepare", "--other_reward_model", "--path"]) == 0
     out = other.directory(other.OtherRecipe())
     assert capsys.readouterr().out == f"{out}\n"
-    assert built == [other.OtherRecipe()] and list(tmp_path.iterdir()) == [out]
+    assert built == [other.RECIPE] and list(tmp_path.iterdir()) == [out]
     with pytest.raises(UserError, match="another recipe .* --force"):
         prepare.ensure(out)
 

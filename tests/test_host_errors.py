@@ -76,6 +76,7 @@ GOOD_ROWS = [{"input": "The film", "other": 1}] * 8
             {"reward.remote_url": "http://localhost/score"},
             "--reward.remote_url ['http://localhost/score'] does not work",
         ),
+        ({"train.agent_func_path": "a.py"}, "--train.agent_func_path a.py does not work with abc-rlhf local: agents"),
         ({"train.unknown": 3}, "unrecognized arguments: --train.unknown 3"),
         ({"train.batch_size": "many"}, "invalid int value: 'many'"),
     ],

@@ -60,7 +60,7 @@ def experience(seed, rows=4, length=9, first=0):
         index=list(range(first, first + rows)),
         info={},
     )
-    exp.evidence = [{"attention": torch.rand(rows, length, generator=rng)}]
+    exp.evidence = [{name: torch.rand(rows, length, generator=rng) for name in ("attention", "prefix")}]
     return exp
 
 
@@ -85,7 +85,7 @@ def test_none_and_beta_zero_are_bit_identical_to_the_stock_host(estimator, shapi
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("method", ["abc", "uniform"])
+@pytest.mark.parametrize("method", ["abc", "uniform", "prefix"])
 def test_credit_keeps_the_return_and_moves_the_reward(estimator, method):
     extra = ["--reward.clip_range", "-2", "2"]
     stock = make(RemoteExperienceMaker, None, *flags(estimator), *extra).compute_advantages_and_returns(batch())
@@ -96,6 +96,22 @@ def test_credit_keeps_the_return_and_moves_the_reward(estimator, method):
         assert not torch.allclose(theirs.returns[acting], mine.returns[acting])
         assert (mine.info["credit_conservation_error"] < 1e-6).all()
         assert torch.isfinite(mine.advantages).all()
+
+
+@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name not in ("gae", "group_norm")])
+def test_what_a_prompt_scores_by_itself_sets_no_token_apart_under_prefix(estimator):
+    """A reward model that only likes the prompt: without a critic, every token has the sparse reward's advantage."""
+
+    def liked():
+        experiences = batch()
+        for exp in experiences:
+            exp.evidence = [{"prefix": exp.rewards[:, None].expand(-1, exp.sequences.shape[1])}]
+        return experiences
+
+    stock = make(RemoteExperienceMaker, None, *flags(estimator)).compute_advantages_and_returns(liked())
+    ours = make(CreditExperienceMaker, ShapingConfig("prefix", 1.0), *flags(estimator))
+    for theirs, mine in zip(stock, ours.compute_advantages_and_returns(liked()), strict=True):
+        torch.testing.assert_close(theirs.advantages, mine.advantages)
 
 
 def test_the_reward_that_reaches_gae_by_hand(monkeypatch):

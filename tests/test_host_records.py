@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import sys
 import types
 
@@ -180,6 +181,21 @@ def test_completions_are_chosen_at_evenly_spaced_ranks_of_the_score(tokenizer, t
     lines, _ = recorded(host, experiences)
     assert [line["reward"] for line in lines] == [9.0, 4.0, 1.0]  # ranks 1, 4 and 7; 100 has no tokens
     assert [line["sample"] for line in lines] == [2, 12, 4]
+
+
+def test_a_nan_score_is_counted_and_leaves_a_file_that_can_be_read(tokenizer, tmp_path, capsys):
+    """Without shaping the host goes on with NaN; its advantages, whitened together, are all NaN then."""
+    host = trainer(tokenizer, tmp_path, ShapingConfig("none"), "--algo.advantage.estimator", "reinforce")
+    experiences = [copy.deepcopy(batch(tokenizer)[0]) for _ in range(2)]
+    experiences[0].rewards = torch.tensor([math.nan, 1.0])
+    experiences[0].info = {"reward": experiences[0].rewards}
+    for experience, first in zip(experiences, (0, 2), strict=True):
+        experience.index = [first, first + 1]
+    [line], _ = recorded(host, experiences)
+    assert line["sample"] == 2 and line["advantage"] == [None] * 4 and line["reward"] == 2.0
+    assert "step 1: 1 rewards are NaN or infinite, not recorded" in capsys.readouterr().out
+    [record], notes = read_records(tmp_path / "completions.jsonl")
+    assert record.reward == 2.0 and not notes
 
 
 def test_signed_credit_keeps_its_sign():

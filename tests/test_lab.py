@@ -58,7 +58,7 @@ def test_the_example_turns_around_at_five_ninths():
 def test_completions_are_counted_in_base_v():
     space = Completions(3, 2)
     assert space.tokens_NL.tolist() == [list(pair) for pair in itertools.product(range(3), repeat=2)]
-    assert space.sequences_NS[5].tolist() == [3, 1, 2]
+    assert space.sequences_NS[5].tolist() == [3, 3, 1, 2]
     assert space.mask_NL.all()
     assert (space.N, space.prefixes) == (9, 4)
 
@@ -228,7 +228,11 @@ def rows_of(method, beta=0.5, name="it", kind="ideal", critic="exact", lambdas=(
 
 def test_a_method_whose_credit_is_one_token_early_or_late_is_caught():
     def late(by):
-        return Method(frozenset({"prefix"}), lambda e, reward: PREFIX.credit(e, reward).roll(by, 1))
+        def credit(evidence, reward_B):
+            prompt_BA, string_BA = PREFIX.credit(evidence, reward_B).split([1, 3], 1)
+            return torch.cat([prompt_BA, string_BA.roll(by, 1)], 1)
+
+        return Method(frozenset({"prefix"}), credit)
 
     none, right = rows_of(PREFIX)
     assert outcome.is_unbiased(none)

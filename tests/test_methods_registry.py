@@ -15,6 +15,7 @@ from abc_plugin.credit.shaping import shape
 EXCEPTIONS = {
     "scale": {"prefix": "the score of a prefix has units of its own: only the sum scales with the reward"},
     "sign": {"prefix": "as above", "grad_input": "|reward| keeps a token's sign where the reward is negative"},
+    "order": {"prefix": "a score is a difference to the one before", "none": "all on the last action"},
 }
 SIGNED = {"prefix", "grad_input"}
 NAMES = methods.available()
@@ -85,13 +86,35 @@ def test_rows_do_not_depend_on_their_batch_or_padding(name, batch, seed):
     order = torch.randperm(len(reward_B), generator=torch.Generator().manual_seed(seed))
     assert torch.equal(method.credit(each(lambda x: x[order], evidence), reward_B[order]), whole[order])
     wider = each(lambda x: torch.nn.functional.pad(x, (3, 2)), evidence)
+    off = torch.tensor([0.7, 0.7, 0.0] + [0.0] * whole.shape[1] + [0.7, 0.7])  # 0: the prompt's own last token
     noise = {
-        field: value + torch.nn.functional.pad(torch.zeros_like(value[:, 5:]), (3, 2), value=0.7)
+        field: value + off
         for field, value in vars(wider).items()
         if field.endswith("_BA") and field != "action_mask_BA"
     }  # what lies on padding must not matter
     padded = method.credit(Evidence(wider.sequences_BS, wider.action_mask_BA, **noise), reward_B)
     torch.testing.assert_close(padded[:, 3:-2], whole, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=20, deadline=None)
+@given(batch=batches(), seed=st.integers(0, 2**31))
+def test_evidence_in_another_order_is_credit_in_that_order(name, batch, seed):
+    """Of the tokens that are no actions, too: only what lies on an action counts, not where it lies."""
+    evidence, reward_B = batch
+    method, width = methods.load(name), evidence.action_mask_BA.shape[1]
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(seed))
+    moved = Evidence(evidence.sequences_BS, *[value[:, order] for value in list(vars(evidence).values())[1:]])
+    if name not in EXCEPTIONS["order"]:
+        expected = method.credit(evidence, reward_B)[:, order]
+        torch.testing.assert_close(method.credit(moved, reward_B), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(EXCEPTIONS["order"]))
+def test_the_exceptions_of_order_are_some(name):
+    method, evidence, reward_B = methods.load(name), evidence_of(3, 4, 9, 0.7), torch.tensor([2.0, -1.0, 0.5, 3.0])
+    moved = Evidence(evidence.sequences_BS, *[value.flip(1) for value in list(vars(evidence).values())[1:]])
+    assert not torch.allclose(method.credit(moved, reward_B), method.credit(evidence, reward_B).flip(1))
 
 
 @pytest.mark.parametrize("name", NAMES)

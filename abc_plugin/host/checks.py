@@ -40,6 +40,7 @@ READ = 1000  # prompts that both tokenizers read before training
 # Flags that a run without engines cannot honour: (attribute path, refused value, why and what to do). Packing,
 # ring attention, dynamic batches and host-side evaluation are refused by OpenRLHF itself, for want of engines.
 UNSUPPORTED = (
+    ("train.agent_func_path", bool, "agents run beside vLLM engines; leave it out, or use abc-rlhf ray"),
     ("reward.remote_url", bool, "a remote reward is called by vLLM engines; give --reward.model_name_or_path"),
     ("algo.advantage.is_correction_level", lambda level: level != "off", "there is no second engine; leave it out"),
     ("train.async_enable", bool, "the processes that roll out are those that train; leave it out"),

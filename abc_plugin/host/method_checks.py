@@ -21,9 +21,8 @@ NO_GRADIENT = (
 )
 
 
-# Advantage estimators that take a baseline off the scalar reward: the prefix's potential, in the score's units, would
-# then be a second one, and the first action's advantage far from the others'.
-GROUPED = ("rloo", "reinforce_baseline", "dr_grpo", "group_norm", "flash_reinforce")
+# Advantage estimators that divide the scalar reward: a prefix's score, which nobody divides, would drown it, or drown.
+SCALED = ("group_norm",)
 
 
 def check_method(args: Namespace, shaping: ShapingConfig, *, remote: str | None = None) -> None:
@@ -43,10 +42,10 @@ def check_method(args: Namespace, shaping: ShapingConfig, *, remote: str | None 
             "and its pooled credit the sparse reward; use sentence"
         )
     estimator = option(args, "algo.advantage.estimator")
-    if "prefix" in method.needs and estimator in GROUPED:
+    if "prefix" in method.needs and estimator in SCALED:
         raise UserError(
-            f"{name} works with {flag(args, 'algo.advantage.estimator')} gae or reinforce: {estimator} takes a "
-            "baseline off the reward that a prefix's score does not know; use one of those, or --reward_shaping abc"
+            f"{name} does not work with {flag(args, 'algo.advantage.estimator')} {estimator}: it divides rewards by "
+            "their group's deviation, which a prefix's score does not know; use rloo, or --reward_shaping abc"
         )
     of_scores = sorted(method.needs & {"prefix", "gradient"})
     if remote and of_scores:

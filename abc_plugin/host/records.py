@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -92,13 +93,18 @@ class Recorder:
 
     @torch.no_grad()
     def record(self, step: int, experiences: list[Experience], scores: list[Tensor], parts: list[Parts]) -> None:
-        """Write ``--shaping.show_samples`` completions, at evenly spaced ranks of the score, best and worst in."""
-        rows = [
-            (score.item(), place, row)
-            for place, (experience, score_B) in enumerate(zip(experiences, scores, strict=True))
-            for row, score in enumerate(score_B)
-            if experience.action_mask[row].any()
-        ]
+        """Write ``--shaping.show_samples`` completions, at evenly spaced ranks of the score, best and worst in.
+
+        Those whose score or shaped reward is NaN or infinite have no rank; a line says how many.
+        """
+        rows, lost = [], 0
+        for place, (experience, score_B) in enumerate(zip(experiences, scores, strict=True)):
+            fine_B = score_B.isfinite() & parts[place].shaped_BA.isfinite().all(1)
+            acting_B = experience.action_mask.any(1)
+            lost += int((acting_B & ~fine_B).sum())
+            rows += [(score_B[row].item(), place, row) for row in (acting_B & fine_B).nonzero()[:, 0].tolist()]
+        if lost:
+            print(f"abc_plugin: step {step}: {lost} rewards are NaN or infinite, not recorded", flush=True)
         chosen = spread_over_ranks(rows, lambda found: found[0], self.shaping.show_samples)
         general = {"run": self.run, "step": step, "method": self.shaping.method, "beta": self.shaping.beta}
         lines = [
@@ -181,6 +187,6 @@ def _shares(credit_BA: Tensor) -> Tensor:
     return credit_BA.double() / total_B1.where(total_B1 > 0, 1.0)
 
 
-def _short(value: float) -> float:
-    """Six digits: what fp32 is good for, in half the file."""
-    return float(f"{value:.6g}")
+def _short(value: float) -> float | None:
+    """Six digits: what fp32 is good for, in half the file. None for what JSON has no word for: NaN and infinity."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None

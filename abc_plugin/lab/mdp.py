@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class Completions:
@@ -13,8 +14,8 @@ class Completions:
     (M, N) -> (M, prefixes of t tokens, completions of each). With ``ends``, token 0 ends a completion: what follows
     has no action, its only choice is 0 with probability 1, and strings with anything else there have probability 0.
 
-    tokens_NL: the strings.  mask_NL: True where the policy chooses.  sequences_NS: a prompt of one token, then the
-    string (S = L + 1), as the host lays them out.
+    tokens_NL: the strings.  mask_NL: True where the policy chooses.  sequences_NS: a prompt of two tokens, then the
+    string (S = L + 2), as the host lays them out: its action axis of S - 1 begins with the prompt's last token.
     """
 
     def __init__(self, vocabulary: int, length: int, *, ends: bool = False) -> None:
@@ -29,8 +30,7 @@ class Completions:
         self.before_last_N = self.canonical_N - (self.tokens_NL * last_NL * powers_L).sum(
             1
         )  # equal but for that token
-        prompt_N1 = torch.full((self.N, 1), vocabulary)
-        self.sequences_NS = torch.cat([prompt_N1, self.tokens_NL], 1)
+        self.sequences_NS = pad(self.tokens_NL, (2, 0), value=vocabulary)
 
     @property
     def prefixes(self) -> int:

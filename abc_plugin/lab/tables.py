@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from abc_plugin.credit.methods import Evidence, Method
 from abc_plugin.credit.redistribute import last_action
@@ -27,7 +28,8 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Tables:
-    """reward_MN: r_C.  theta_MPV: the policy's logits.  evidence_MNL: by (field, kind), see ``draw``."""
+    """reward_MN: r_C.  theta_MPV: the policy's logits.  evidence_MNL: by (field, kind), see ``draw``; of the string's
+    tokens, or (M, N, L + 1) with the prompt's last token in front."""
 
     reward_MN: Tensor
     theta_MPV: Tensor
@@ -43,7 +45,8 @@ def draw(space: Completions, models: int, seed: int, *, rewards: str = "table", 
     attention: random: softmax of normal logits per completion; aligned: |leave-one-out|.
     policy, policy_last: random: softmax of normal logits, 0 on the last token, which no step of the policy sees.
     gradient: random: normal; aligned: leave-one-out, signed.
-    prefix: random: normal per prefix, and r_C at the last action; ideal: E[r_C | prefix] under the policy theta.
+    prefix: random: normal plus ``offset`` per prefix; ideal: E[r_C | prefix] under the policy theta; both with the
+    empty prefix, the prompt's own score, in front, and r_C at the last action.
     """
     random = torch.Generator().manual_seed(seed)
 
@@ -59,12 +62,12 @@ def draw(space: Completions, models: int, seed: int, *, rewards: str = "table", 
     evidence |= {("gradient", "random"): normal(*shape), ("gradient", "aligned"): effect_MNL}
     for name in ("policy", "policy_last"):
         evidence[name, "random"] = normal(*shape)[:, space.before_last_N].softmax(2) * ~last_NL
-    levels = [space.spread(normal(models, space.V ** (t + 1))) for t in range(space.L)]
+    levels = [space.spread(normal(models, space.V**t) + offset) for t in (*range(1, space.L + 1), 0)]
     p_MN = space.probability(space.policy(theta_MPV))
-    ideal = [space.conditional(reward_MN, p_MN, t + 1) for t in range(space.L)]
-    for kind, scores in (("random", levels), ("ideal", ideal)):
-        score_MNL = torch.where(last_NL, reward_MN[..., None], torch.stack(scores, dim=2))
-        evidence["prefix", kind] = _on_grid(score_MNL)
+    ideal = [space.conditional(reward_MN, p_MN, t) for t in range(space.L + 1)]
+    for kind, scores in (("random", [levels[-1], *levels[:-1]]), ("ideal", ideal)):
+        score_MNT = torch.where(pad(last_NL, (1, 0)), reward_MN[..., None], torch.stack(scores, dim=2))
+        evidence["prefix", kind] = _on_grid(score_MNT)
     return Tables(reward_MN, theta_MPV, evidence)
 
 
@@ -95,11 +98,14 @@ def leave_one_out(space: Completions, reward_MN: Tensor) -> Tensor:
 
 def shaped(space: Completions, tables: Tables, method: Method, kind: str, beta: float) -> Tensor:
     """The per-token rewards that the shipped credit.shaping makes of every completion; float64 (M, N, L)."""
-    models = len(tables.reward_MN)
-    rows = [x.repeat(models, 1) for x in (space.sequences_NS, space.mask_NL)]
-    fields = {f"{name}_BA": tables.evidence_MNL[name, _kind(name, kind)].flatten(0, 1) for name in method.needs}
+    models, actions = len(tables.reward_MN), space.L + 1
+    rows = [x.repeat(models, 1) for x in (space.sequences_NS, pad(space.mask_NL, (1, 0)))]
+    fields = {}
+    for name in method.needs:
+        value_BA = tables.evidence_MNL[name, _kind(name, kind)].flatten(0, 1)
+        fields[f"{name}_BA"] = pad(value_BA, (actions - value_BA.shape[1], 0))
     dense_BA = shape(method, [Evidence(*rows, **fields)], tables.reward_MN.flatten(), beta=beta).reward_BA
-    return dense_BA.double().unflatten(0, (models, space.N))
+    return dense_BA[:, 1:].double().unflatten(0, (models, space.N))
 
 
 def _kind(name: str, kind: str) -> str:

@@ -262,6 +262,8 @@ def _read(analysis: Analysis, source: str) -> Section:
     same = [f"{name} {shown(first[name])}" for name in first if name not in table.varied and first[name] is not None]
     if same:
         items.append(f"In all of them: {', '.join(same)}.")
+    if table.usual:
+        items.append(f"Where not said otherwise: {table.named(table.usual.items())}.")
     alike: dict[str, list[str]] = {}
     for condition in table.conditions:
         steps = f"{len(condition.steps)} steps ({condition.steps[0]}–{condition.steps[-1]})"

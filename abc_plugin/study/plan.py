@@ -16,7 +16,7 @@ from abc_plugin.errors import UserError
 Words = tuple[str, ...]  # a flag's words on the command line; ("true",) is a switch that is on
 Block = dict[str, list[Words]]  # the values of each flag of a grid
 
-KEYS = ("driver", "out", "flags", "runs", "keep_policies", "smoke")
+KEYS = ("like", "driver", "out", "flags", "runs", "keep_policies", "smoke")
 DRIVERS = ("local", "ray")
 OWNED = {
     "ckpt.output_dir": "each run has a folder of its own",
@@ -85,14 +85,33 @@ class _Strict(yaml.BaseLoader):
 
 def read_plan(path: str | Path, *, smoke: bool = False) -> Plan:
     """The plan in a file. Raises UserError, naming file, value and remedy, for all that is wrong without the host."""
+    document = _read(Path(path))
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return _plan(str(path), document, smoke)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _read(path: Path, *, may_be_like: bool = True) -> dict[str, Any]:
+    """A file's document; with ``like``, what it does not say itself of driver, flags and smoke is that plan's."""
+    try:
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}; give a plan") from None
     try:
-        return _plan(str(path), _yaml(text), smoke)
+        document = _yaml(text)
+        like = document.pop("like", None)
+        if like is not None and not (isinstance(like, str) and like and may_be_like):
+            raise UserError(f"like {like!r} has to name a plan that is itself like no other")
+        for name in ("flags", "smoke"):
+            _mapping(name, document.setdefault(name, {}))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    if like is None:
+        return document
+    base = _read(path.parent / like, may_be_like=False)
+    over = {name: base[name] | document[name] for name in ("flags", "smoke")}
+    return {"driver": base.get("driver", "local")} | document | over
 
 
 def _yaml(text: str) -> dict[str, Any]:
@@ -117,12 +136,11 @@ def _plan(source: str, document: dict[str, Any], smoke: bool) -> Plan:
     keep = document.get("keep_policies", "false")
     if keep not in ("true", "false"):
         raise UserError(f"keep_policies {keep!r} is neither true nor false")
-    flags = _mapping("flags", document.get("flags", {}))
+    flags, over = document["flags"], document["smoke"]
     blocks = document.get("runs")
     if not isinstance(blocks, list) or not blocks:
         raise UserError("runs is empty; give a list of grids such as {reward_shaping: [none, abc], train.seed: 1..10}")
     blocks = [_mapping("runs", block) for block in blocks]
-    over = _mapping("smoke", document.get("smoke", {}))
     if smoke:
         flags, blocks = _overridden(flags, blocks, over)
         out = out and f"{out}-smoke"

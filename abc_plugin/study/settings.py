@@ -21,6 +21,8 @@ COLUMNS = {
     "algo.advantage.lambd": "lambda",
     "rollout.max_new_tokens": "length",
     "algo.kl.init_coef": "kl_coef",
+    "algo.advantage.estimator": "estimator",
+    "critic.adam.lr": "critic_lr",
     "train.seed": "seed",
 }
 ALWAYS = ("reward_shaping", "shaping.beta", "train.seed")

@@ -5,8 +5,10 @@ A condition is all settings (method, beta, further columns), a run a condition a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -63,15 +65,27 @@ class Table:
         """``abc β 0.8, λ 0.95``: method, beta, and the settings that vary; those of the group may be left out."""
         settings = condition.settings
         beta = "" if settings["beta"] is None else f" β {shown(settings['beta'])}"
-        credit = self._named((name, settings[name]) for name in CREDIT_SETTINGS[1:] if name in settings)
+        credit = self.named((name, settings[name]) for name in CREDIT_SETTINGS[1:] if name in settings)
         parts = [f"{condition.method}{beta}", credit, self.group_label(condition) if group else ""]
         return ", ".join(part for part in parts if part)
 
     def group_label(self, condition: Condition) -> str:
-        """``λ 0.95, length 48``; empty where nothing but method and beta varies."""
-        return self._named(condition.group)
+        """``λ 0.95, length 48``; empty where nothing but method and beta varies. What is ``usual`` goes unsaid."""
+        return self.named((name, value) for name, value in condition.group if self.usual.get(name) != value)
 
-    def _named(self, settings: Iterable[tuple[str, Value]]) -> str:
+    @cached_property
+    def usual(self) -> dict[str, Value]:
+        """Of each setting outside the credit that varies, its commonest value; empty where at most two vary.
+
+        A study of many conditions, each apart from the rest in one setting, would else name all settings each time.
+        """
+        names = [name for name in self.varied if not of_credit(name)]
+        if len(names) <= 2:
+            return {}
+        counts = {name: Counter(condition.settings[name] for condition in self.conditions) for name in names}
+        return {name: count.most_common(1)[0][0] for name, count in counts.items()}
+
+    def named(self, settings: Iterable[tuple[str, Value]]) -> str:
         given = [(name, value) for name, value in settings if name in self.varied and value is not None]
         return ", ".join(f"{SYMBOLS.get(name, name)} {shown(value)}" for name, value in given)
 

@@ -9,13 +9,16 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from abc_plugin.audit import command
-from abc_plugin.audit.measure import curves, removal_order
+from abc_plugin.audit.measure import credit_of, curves, removal_order
 from abc_plugin.audit.results import Results
 from abc_plugin.audit.reward_model import RewardModel
+from abc_plugin.audit.shares import PLACES
 from abc_plugin.cli import main
+from abc_plugin.config import ShapingConfig
+from abc_plugin.credit import methods as registry
 from abc_plugin.errors import UserError
 
-OUTPUTS = ["agreement.png", "audit.html", "audit.json", "completions.jsonl", "curves.png", "heads.png"]
+OUTPUTS = ["agreement.png", "audit.html", "audit.json", "completions.jsonl", "curves.png", "heads.png", "shares.png"]
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +106,11 @@ def test_attention_to_the_tokens_that_count_is_found_better(made, tmp_path, caps
     assert separation["abc"] == pytest.approx(separation["leave_one_out"], rel=0.01)
     assert result["heads"]["carrying"] == [[0, 0]] and result["heads"]["against"] == []
     assert result["heads"]["layer"]["layer"] == 0
+    own = {name: result["methods"]["abc"][name]["mean"] for name in PLACES}  # of the one layer's one head
+    for name, value in own.items():
+        assert result["heads"]["shares_LH"][name] == [[pytest.approx(value, abs=1e-4)]], name
+        assert result["heads"]["shares_L"][name] == [pytest.approx(value, abs=1e-4)], name
+    assert own["last"] == own["punctuation"] < 1 / 9 and own["entropy"] < 0.95  # the full stop gets little
     assert "audit.html" in capsys.readouterr().out
 
 
@@ -151,6 +159,11 @@ def test_results_of_another_configuration_are_refused_and_kept(made, tmp_path, c
     ):
         error = refused(capsys, change)
         assert f"another configuration ({name}: " in error and "choose another --out" in error
+    written = tmp_path / "completions.jsonl"
+    written.write_bytes(before[written].replace(b'"format": 2, ', b"", 1))  # as earlier versions began it
+    error = refused(capsys, words(made, tmp_path, "attentive", "good", "--methods", "abc"))
+    assert "was written by another version of the audit" in error and "choose another --out" in error
+    written.write_bytes(before[written])
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -164,6 +177,21 @@ def test_outputs_without_their_results_are_refused(tmp_path):
     with pytest.raises(UserError, match="is not an audit's"):
         Results(tmp_path, {})
     assert (tmp_path / "completions.jsonl").read_text() == '{"prompt": "p", "completion": "c"}\n'
+
+
+def test_prefix_credit_leaves_the_prompts_own_score_out(made, tmp_path):
+    """By hand: the score is 4 · the mean value of the text so far, the prompt's own 4 / 2."""
+    model = RewardModel(str(made / "even"), needs=frozenset({"prefix"}))
+    ids = audit_models.make_tokenizer()("good w1 w2 bad .").input_ids
+    for length, scores in ((2, [2, 4 / 3, 0, 0]), (1, [4, 2, 4 / 3, 0, 0])):  # of the prompt, and then
+        completion = SimpleNamespace(
+            prompt_ids=ids[:length], ids=ids[length:], special=[False] * (len(ids) - length), row=1
+        )
+        [empty] = model.scores([completion.prompt_ids])
+        credit_T = credit_of(registry.load("prefix"), completion, model.look(ids), empty, ShapingConfig())
+        steps = [after - before for before, after in zip(scores, scores[1:], strict=False)]
+        assert credit_T.tolist() == pytest.approx(steps, abs=1e-5)
+    model.close()
 
 
 def test_dropped_heads_and_floors_are_those_of_training(made, tmp_path):

@@ -129,6 +129,7 @@ def command(tmp_path, model_path, *more):
         (["--ds.value_head_prefix", "value_head"], "has no weight value_head.weight: it is no reward model"),
         (["--reward.model_name_or_path", "/no/such"], "/no/such: no such directory"),
         (["--data", "/no/such"], "cannot read --data /no/such"),
+        (["--reward.model_name_or_path", "/a/rm,/b/rm"], "/a/rm,/b/rm: several reward models; audit one at a time"),
         (["--out", "/dev/null/x"], "cannot write to --out /dev/null/x"),
     ],
 )
@@ -191,7 +192,9 @@ def test_gradients_of_rounded_weights_are_refused(tmp_path, model_path, monkeypa
 
     monkeypatch.setattr(reward_model, "load", quantised)
     assert main(command(tmp_path, model_path)) == 2
-    assert "is quantised, and gradients" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "is a quantised checkpoint, whose kernels need not have a backward pass: audit the unquantised one" in error
+    assert "training with --ds.load_in_4bit quantises itself" in error
     assert main(command(tmp_path, model_path, "--methods", "abc", "prefix", "uniform")) == 0
     summary = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert summary["methods"]["prefix"]["gradient"] is None

@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     """Audit, write, print; 0. Raises UserError on bad input, before anything is computed or written."""
     options = vars(args)
     path = options[FLAG.removeprefix("--")]
+    if "," in path:
+        raise UserError(f"{FLAG} {path}: several reward models; audit one at a time, each with an --out of its own")
     shaping = ShapingConfig(**{name: options[f"shaping.{name}"] for name in SHAPING})
     methods = _methods(args.methods)
     if args.samples < 1 or (args.split is not None and args.split < 1):
@@ -143,12 +145,13 @@ def _command_line(options: dict[str, Any]) -> str:
 def _report(out: Path, records: list[dict[str, Any]], model: RewardModel, about: dict[str, Any], command: str) -> None:
     """Write audit.json, audit.html and the pictures; print the table and the advice."""
     summary, scene = summarise(records), background(records)
-    found = map_heads(records, model.layers, model.configured)
+    found = map_heads(records, model.layers, model.configured, model.heads)
     sentences = advise(summary, records, found)
     pictures = {
         "agreement": plots.agreement(summary),
         "curves": plots.curves(records),
         "heads": plots.heads(found),
+        "shares": plots.shares(found, scene),
     }
     text = {"advice": sentences, "about": about, "statistics": {name: says for name, (says, _) in STATISTICS.items()}}
     numbers = {"methods": summary, "background": scene, "heads": found}

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from abc_plugin.audit.shares import PLACES
 from abc_plugin.audit.stats import LEVEL, Interval, difference, interval, spearman
 from abc_plugin.audit.summary import prompts
 
@@ -36,10 +37,13 @@ class Map:
 
     layers: list[int]
     configured: int  # index among ``layers``
+    read: list[int] | None  # heads of that layer that are read; None: all
     signed_LH: np.ndarray
     size_LH: np.ndarray
     signed_L: np.ndarray  # of the mean row over a layer's heads
     size_L: np.ndarray
+    shares_LH: dict[str, np.ndarray]  # ``shares.PLACES``, means over prompts
+    shares_L: dict[str, np.ndarray]  # of the mean row
     carrying: list[tuple[int, int]]  # (layer, head) whose widened interval lies above 0
     against: list[tuple[int, int]]  # and below
     present: Interval | None  # the configured row on the reporting half
@@ -55,8 +59,8 @@ def halves(records: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
     return [i for i, odd in enumerate(parity) if not odd], [i for i, odd in enumerate(parity) if odd]
 
 
-def map_heads(records: list[dict[str, Any]], layers: list[int], configured: int) -> Map:
-    """The map and the choices; see the module's text."""
+def map_heads(records: list[dict[str, Any]], layers: list[int], configured: int, read: list[int] | None = None) -> Map:
+    """The map and the choices; see the module's text. ``read``: heads of the configured layer; None: all."""
     groups = prompts(records)
     choosing, reporting = halves(records)
     heads_NLH = _array([record["heads"] for record in records])
@@ -68,6 +72,7 @@ def map_heads(records: list[dict[str, Any]], layers: list[int], configured: int)
         for i, layer in enumerate(layers)
         for head in range(signed_NLH.shape[2])
     }
+    lies = {name: _over_prompts([record["attention"][name] for record in records], groups) for name in PLACES}
     present_N = _array([record["configured"][SIGNED] for record in records])
 
     def report(layer: int, heads: list[int] | None, column_N: np.ndarray) -> Choice:
@@ -83,10 +88,13 @@ def map_heads(records: list[dict[str, Any]], layers: list[int], configured: int)
     return Map(
         layers=layers,
         configured=configured,
+        read=read,
         signed_LH=_mean(signed_NLH),
         size_LH=_mean(heads_NLH[..., SIZE]),
         signed_L=_mean(layers_NL),
         size_L=_mean(pairs_NL[..., SIZE]),
+        shares_LH={name: values_LX[:, 1:] for name, values_LX in lies.items()},
+        shares_L={name: values_LX[:, 0] for name, values_LX in lies.items()},
         carrying=[place for place, estimate in widened.items() if estimate and estimate.sign > 0],
         against=[place for place, estimate in widened.items() if estimate and estimate.sign < 0],
         present=interval([_column(present_N)[i] for i in reporting], [groups[i] for i in reporting]),
@@ -103,6 +111,12 @@ def _subset(records: list[dict[str, Any]], heads: list[int]) -> np.ndarray:
         rows_HT = np.array(record["configured_heads"])[heads]
         columns.append(spearman(record["reward"] * rows_HT.mean(0), record["effect"]))
     return _array(columns)
+
+
+def _over_prompts(nested: list, groups: list[str]) -> np.ndarray:
+    """Mean over prompts of each prompt's mean, NaN left out."""
+    values, of = _array(nested), np.array(groups)
+    return _mean(np.stack([_mean(values[of == prompt]) for prompt in dict.fromkeys(groups)]))
 
 
 def _best(values: np.ndarray) -> tuple[int, ...] | None:

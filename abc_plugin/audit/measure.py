@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from abc_plugin.audit.completions import Completion
 from abc_plugin.audit.reward_model import FLAG, Look, RewardModel
+from abc_plugin.audit.shares import PLACES, shares
 from abc_plugin.audit.stats import spearman
 from abc_plugin.config import ShapingConfig
 from abc_plugin.credit.methods import Evidence, Method
 from abc_plugin.credit.options import dropped
+from abc_plugin.credit.prefix import PREFIX
 from abc_plugin.credit.shaping import shape
 from abc_plugin.errors import UserError
 
@@ -32,8 +35,9 @@ def measure(
     """All that later steps need of one completion, as plain JSON values (numbers to six digits).
 
     effect[t] = score(whole) - score(without token t); credit and curves by method, among them ``random`` (one draw of
-    random shares), ``recency`` (the later, the more) and ``leave_one_out`` (credit = effect); correlations of every
-    layer's and head's row with effect.
+    random shares), ``recency`` (the later, the more) and ``leave_one_out`` (credit = effect); and, of each
+    layer's mean row and each head's, the correlations with effect and where it lies (``attention``: by statistic and
+    layer a list of the mean row and the heads).
     Raises UserError where a score is not finite.
     """
     prompt, ids = completion.prompt_ids, completion.ids
@@ -41,7 +45,7 @@ def measure(
     [_, empty, *without] = _finite(model, left, f"row {completion.row}")
     look = model.look(prompt + ids)
     effect_T = torch.tensor([look.score - score for score in without], dtype=torch.float64)
-    credit = {name: credit_of(method, completion, look, shaping) for name, method in methods.items()}
+    credit = {name: credit_of(method, completion, look, empty, shaping) for name, method in methods.items()}
     credit[RANDOM] = random_credit(len(ids), look.score, seed=completion.row)
     credit[RECENCY] = recency_credit(len(ids), look.score)
     credit[LEAVE_ONE_OUT] = effect_T
@@ -60,6 +64,7 @@ def measure(
         "curves": curves(model, completion, credit, look.score, empty),
         "layers": [_agreement(row_T, effect_T, look.score) for row_T in rows_LHT.mean(1)],
         "heads": [[_agreement(row_T, effect_T, look.score) for row_T in rows_HT] for rows_HT in rows_LHT],
+        "attention": _places(rows_LHT, completion),
         "configured": _agreement(look.evidence["attention"][len(prompt) :], effect_T, look.score),
         "configured_heads": [_plain(row_S[len(prompt) :]) for row_S in look.layer_HS],
         "on_prompt": _round(float(look.evidence["attention"][: len(prompt)].sum())),
@@ -67,16 +72,23 @@ def measure(
     }
 
 
-def credit_of(method: Method, completion: Completion, look: Look, shaping: ShapingConfig) -> Tensor:
-    """The method's credit of the score for each token of the completion, before beta, (T,), score units."""
+def credit_of(method: Method, completion: Completion, look: Look, empty: float, shaping: ShapingConfig) -> Tensor:
+    """The method's credit of the score for each token of the completion, before beta, (T,), score units.
+
+    ``prefix`` pays the prompt's own score, ``empty``, with the last token. No token earned it, so here its scores are
+    counted from there: credit[t] = score up to and with t - score before t, for all tokens.
+    """
     first, ids = len(completion.prompt_ids), torch.tensor([completion.prompt_ids + completion.ids])
     action_mask_BA = torch.arange(1, ids.shape[1])[None] >= first
     given = {f"{name}_BA": look.evidence[name][None, 1:] for name in method.needs}
+    start = empty if method.credit is PREFIX.credit else 0.0
+    if start:
+        given["prefix_BA"] = given["prefix_BA"] - start
     special_BA = torch.tensor([[False] * (first - 1) + completion.special])
     shaped = shape(
         method,
         [Evidence(ids, action_mask_BA, **given)],
-        torch.tensor([look.score]),
+        torch.tensor([look.score - start]),
         beta=1.0,
         dropped_BA=dropped(shaping.dropped, action_mask_BA, special_BA),
         entropy_floor=shaping.entropy_floor,
@@ -129,6 +141,17 @@ def curves(
     return {
         name: {way: [_round(known[kept]) for kept in left[name, way]] for way in ("highest", "lowest")}
         for name in credit
+    }
+
+
+def _places(rows_LHT: Tensor, completion: Completion) -> dict[str, list[list[float | None]]]:
+    """PLACES of each layer's mean row and heads, renormalised over the completion, by name, L lists of 1 + H."""
+    marks = {"punctuation": completion.punctuation, "special": completion.special}
+    share_LXT = shares(torch.cat([rows_LHT.mean(1, keepdim=True), rows_LHT], 1).double().numpy())
+    values = {name: place(share_LXT, marks) for name, (_, place) in PLACES.items()}
+    return {
+        name: [[None if np.isnan(value) else _round(value) for value in row] for row in value_LX.tolist()]
+        for name, value_LX in values.items()
     }
 
 

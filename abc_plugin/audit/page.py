@@ -10,7 +10,7 @@ import numpy as np
 
 from abc_plugin.audit.measure import LEAVE_ONE_OUT, RANDOM, RECENCY
 from abc_plugin.audit.stats import Interval
-from abc_plugin.audit.summary import STATISTICS
+from abc_plugin.audit.summary import COMPARED, STATISTICS
 from abc_plugin.report.page import table
 from abc_plugin.report.samples import Sample, spread_over_ranks
 from abc_plugin.report.style import document
@@ -22,6 +22,7 @@ CAPTIONS = {
     "agreement": "Does credit follow what each token's removal does to the score?",
     "curves": "What happens to the score when tokens are removed, or put in, in the order of credit",
     "heads": "Which layers and heads follow the removals",
+    "shares": "Where the attention of layers and heads lies",
 }
 
 
@@ -50,14 +51,23 @@ def _embed(png: bytes) -> str:
 
 def _numbers(summary: dict[str, dict[str, Interval | None]]) -> str:
     """A row per statistic, a column per method."""
+    says = {name: f"{name}: {text}" for name, (text, _) in STATISTICS.items()}
+    over = {f"{name}_over_random": f"{name}, more than {RANDOM}'s, paired" for name in COMPARED}
     rows = [
-        [f"{name}: {says}", *("–" if row[name] is None else f"{row[name].mean:.3f}" for row in summary.values())]
+        [text, *(_cell(row[name], name in over) for row in summary.values())]
         + ["" if RANDOM not in summary or summary[RANDOM][name] is None else _ends(summary[RANDOM][name])]
-        for name, (says, _) in STATISTICS.items()
+        for name, text in (says | over).items()
     ]
-    note = "Means over prompts; all intervals are in audit.json. – where credit orders no tokens."
+    note = (
+        "Means over prompts; all intervals are in audit.json. – where credit orders no tokens. * the interval of a "
+        "difference lies off 0."
+    )
     header = ("", *summary, f"{RANDOM}'s interval")
     return f'<h2>All numbers</h2>{table(header, rows)}<p class="muted">{note}</p>'
+
+
+def _cell(estimate: Interval | None, marked: bool) -> str:
+    return "–" if estimate is None else f"{estimate.mean:.3f}{'*' * (marked and estimate.sign != 0)}"
 
 
 def _ends(estimate: Interval) -> str:

@@ -1,4 +1,4 @@
-"""The audit's pictures, as PNGs: agreement with leave-one-out, curves, and the map of layers and heads."""
+"""The audit's pictures, as PNGs: agreement with leave-one-out, curves, and two maps of layers and heads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 from abc_plugin.audit.heads import Map
@@ -27,6 +28,14 @@ STYLES = {
     "uniform": ("#888888", "+"),
 }
 OTHERS = (("#E69F00", "P"), ("#56B4E9", "X"), ("#B59F00", "<"), ("#7A5195", ">"))
+# title, and what uniform credit has, of ``summary.background``
+SHARES = {
+    "entropy": ("Entropy, as a share of uniform's", None),
+    "first": ("On the first token", "one token"),
+    "last": ("On the last token", "one token"),
+    "punctuation": ("On punctuation", "punctuation"),
+    "special": ("On special tokens", "special"),
+}
 SIGNED = "PuOr_r"  # orange above 0 and purple below, for colour-blind readers too
 
 
@@ -115,26 +124,57 @@ def heads(found: Map) -> bytes:
         (np.column_stack([found.size_L, found.size_LH]), "Attention with the sizes of the effects"),
     )
     bound = max(0.05, *(np.abs(np.nan_to_num(values)).max() for values, _ in panels))
-    every = max(1, number // 16)
-    places = [0, *range(1, number + 1, every)]
     for axes, (values, title) in zip(figure.subplots(1, 2), panels, strict=True):
-        image = axes.imshow(values, cmap=SIGNED, vmin=-bound, vmax=bound, aspect="auto", interpolation="nearest")
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.set_xticks(places, labels=["mean" if place == 0 else str(place - 1) for place in places])
-        axes.set_yticks(range(layers), labels=map(str, found.layers))
-        axes.set(xlabel="head", ylabel="layer")
-        axes.axvline(0.5, color="white", linewidth=3)
-        row = Rectangle((-0.47, found.configured - 0.47), number + 0.94, 0.94, fill=False, edgecolor="#222222")
-        axes.add_patch(row)
+        image = _grid(axes, values, title, found, cmap=SIGNED, vmin=-bound, vmax=bound)
     for marked, mark in ((found.carrying, "+"), (found.against, "−")):
         for layer, head in marked:
             figure.axes[0].text(head + 1, found.layers.index(layer), mark, ha="center", va="center", fontsize=8)
     figure.colorbar(image, ax=figure.axes, label="mean rank correlation", fraction=0.04)
     figure.supxlabel(
-        "box: the layer read now; left, + and −: the interval, widened for the number of heads, lies off 0",
+        "all: a layer's mean row; box: the layer read now; left, + and −: the interval, widened for the number of "
+        "heads, lies off 0",
         fontsize=8.5,
     )
     return _png(figure)
+
+
+def shares(found: Map, scene: dict[str, Interval | None]) -> bytes:
+    """Where the attention of each layer and head lies on the completion, and its entropy: a panel each."""
+    layers, number = found.signed_LH.shape
+    width, height = max(3.6, min(6.0, 0.2 * number + 1.8)), max(2.4, min(9.0, 0.16 * layers + 1.2))
+    figure = Figure(figsize=(3 * width, 2 * height + 0.3), layout="constrained")
+    *panels, rest = figure.subplots(2, 3).flat
+    rest.axis("off")
+    for axes, (name, (title, known)) in zip(panels, SHARES.items(), strict=True):
+        values = np.column_stack([found.shares_L[name], found.shares_LH[name]])
+        top = 1.0 if name == "entropy" else max(0.01, np.nan_to_num(values).max())
+        image = _grid(axes, values, title, found, cmap="Blues", vmin=0, vmax=top)
+        bar = figure.colorbar(image, ax=axes, fraction=0.06)
+        if known and (uniform := scene[known]) is not None and uniform.mean <= top:
+            bar.ax.axhline(uniform.mean, color="#D55E00", linewidth=2)
+    figure.supxlabel(
+        "attention of the token whose score is read, renormalised over the completion; means over prompts\n"
+        "all: a layer's mean row; box: the layer read now; orange on a scale: what uniform credit has",
+        fontsize=8.5,
+    )
+    return _png(figure)
+
+
+def _grid(axes: Axes, values_LX: np.ndarray, title: str, found: Map, **colours: Any) -> AxesImage:
+    """A picture of layers x (mean row, heads), the layer that is read in a box."""
+    number = values_LX.shape[1] - 1
+    image = axes.imshow(values_LX, aspect="auto", interpolation="nearest", **colours)
+    axes.set_title(title, loc="left", fontsize=10)
+    every = max(1, number // 16)
+    places = [0, *range(1 if every == 1 else 1 + every, number + 1, every)]  # 0 beside "all" only where it has room
+    axes.set_xticks(places, labels=["all" if place == 0 else str(place - 1) for place in places])
+    every = max(1, len(found.layers) // 16)
+    axes.set_yticks(range(0, len(found.layers), every), labels=map(str, found.layers[::every]))
+    axes.set(xlabel="head", ylabel="layer")
+    axes.axvline(0.5, color="#222222", linewidth=0.8)
+    row = Rectangle((-0.47, found.configured - 0.47), number + 0.94, 0.94, fill=False, edgecolor="#222222")
+    axes.add_patch(row)
+    return image
 
 
 def _tidy(axes: Axes) -> None:

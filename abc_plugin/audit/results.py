@@ -9,7 +9,8 @@ from typing import Any
 from abc_plugin.errors import UserError
 
 NAME = "completions.jsonl"
-OUTPUTS = ("audit.json", "audit.html", "agreement.png", "curves.png", "heads.png")
+OUTPUTS = ("audit.json", "audit.html", "agreement.png", "curves.png", "heads.png", "shares.png")
+FORMAT = 2  # of the records; another where they hold something else, or a method's credit means something else
 
 
 class Results:
@@ -31,7 +32,7 @@ class Results:
                 raise UserError(f"--out {directory} holds {foreign[0]} but no {NAME}; choose another directory")
             self._file = self.path.open("a", encoding="utf-8")
             if not self.path.stat().st_size:
-                self._write({"configuration": configuration})
+                self._write({"format": FORMAT, "configuration": configuration})
         except OSError as error:
             raise UserError(f"cannot write to --out {directory}: {error.strerror}; choose another") from None
 
@@ -40,7 +41,13 @@ class Results:
         try:
             [header, *self.records] = map(json.loads, whole.splitlines()) if whole else [None]
             if header is not None:
-                _check_same(header["configuration"], configuration, self.path)
+                configured = header["configuration"]
+                if header.get("format") != FORMAT:
+                    raise UserError(
+                        f"{self.path} was written by another version of the audit, whose records hold other fields or "
+                        "other credit; choose another --out, or remove it"
+                    )
+                _check_same(configured, configuration, self.path)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path} is not an audit's ({error}); choose another --out") from None
         with self.path.open("r+b") as file:

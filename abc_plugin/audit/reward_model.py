@@ -64,8 +64,9 @@ class RewardModel:
         self.gradient = "gradient" in needs
         if self.gradient and getattr(self.model, "is_quantized", False):
             raise UserError(
-                f"{FLAG} {path} is quantised, and gradients through rounded weights are not its own: give --methods "
-                "without grad_input"
+                f"{FLAG} {path} is a quantised checkpoint, whose kernels need not have a backward pass: audit the "
+                "unquantised one, which training with --ds.load_in_4bit quantises itself, or give --methods without "
+                "grad_input"
             )
         self.model.requires_grad_(False)
         module, chosen, _ = target_layer(self.model, layer, outside=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from abc_plugin.audit.measure import RANDOM
+from abc_plugin.audit.shares import PLACES, shares
 from abc_plugin.audit.stats import Interval, difference, interval, pearson, spearman
 
 Record = dict[str, Any]
@@ -25,30 +25,14 @@ def _area(record: Record, method: str, way: str) -> float:
     return float(np.trapezoid(curve) / (len(curve) - 1))
 
 
-def _size(record: Record, method: str) -> np.ndarray | None:
-    """Each token's share of the credit, by absolute value; None where all credit is zero."""
-    size = np.abs(_credit(record, method))
-    return size / size.sum() if size.sum() > 0 else None
+def _place(name: str) -> Statistic:
+    """The entry ``name`` of PLACES, of the sizes of credit; None where all of it is zero."""
 
+    def statistic(record: Record, method: str) -> float | None:
+        value = float(PLACES[name][1](shares(np.abs(_credit(record, method))), record))
+        return None if np.isnan(value) else value
 
-def _share(record: Record, method: str, tokens: list[bool]) -> float | None:
-    share = _size(record, method)
-    return None if share is None else float(share[np.array(tokens)].sum())
-
-
-def _entropy(record: Record, method: str) -> float | None:
-    """Entropy of the shares over ln T, its value for uniform credit; None for one token."""
-    share = _size(record, method)
-    if share is None or len(share) < 2:
-        return None
-    share = share[share > 0]
-    return float(-(share * np.log(share)).sum() / math.log(len(record["tokens"])))
-
-
-def _end(record: Record, at: int) -> list[bool]:
-    marks = [False] * len(record["tokens"])
-    marks[at] = True
-    return marks
+    return statistic
 
 
 # name: (what it says, of one completion's record and a method)
@@ -85,23 +69,7 @@ STATISTICS: dict[str, tuple[str, Statistic]] = {
         "insertion minus deletion area, score units; 0 in expectation for an order that knows nothing",
         lambda record, method: _area(record, method, "lowest") - _area(record, method, "highest"),
     ),
-    "entropy": ("entropy of the credit's sizes, as a share of uniform's", _entropy),
-    "first": (
-        "share on the completion's first token",
-        lambda record, method: _share(record, method, _end(record, 0)),
-    ),
-    "last": (
-        "share on its last token",
-        lambda record, method: _share(record, method, _end(record, -1)),
-    ),
-    "punctuation": (
-        "share on punctuation",
-        lambda record, method: _share(record, method, record["punctuation"]),
-    ),
-    "special": (
-        "share on special tokens",
-        lambda record, method: _share(record, method, record["special"]),
-    ),
+    **{name: (f"{says}, of the credit's sizes", _place(name)) for name, (says, _) in PLACES.items()},
 }
 COMPARED = ("spearman", "size", "separation")  # also as paired differences to the random baseline
 

@@ -12,6 +12,7 @@ makes it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import time
 from dataclasses import dataclass, field
@@ -93,9 +94,10 @@ def count(reviews: list[sources.Review], tokenizer, report: reward.Progress) -> 
     """(2, V): how often each token stands in negative and in positive reviews."""
     count_2V = torch.zeros(2, len(tokenizer))
     for done in range(0, len(reviews), 1000):
-        chunk = reviews[done : done + 1000]
-        for ids, review in zip(reward.encode([r.text for r in chunk], tokenizer), chunk, strict=True):
-            count_2V[review.label] += torch.bincount(torch.tensor(ids), minlength=len(tokenizer))
+        for label in (0, 1):
+            words = [review.text for review in reviews[done : done + 1000] if review.label == label]
+            ids = list(itertools.chain(*reward.encode(words, tokenizer))) if words else []
+            count_2V[label] += torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=len(tokenizer))
         report("counting words", done / len(reviews))
     return count_2V
 

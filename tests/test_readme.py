@@ -1,5 +1,6 @@
 """The README is executed: its scripts, its Python, and every command, flag and metric it names."""
 
+import csv
 import importlib
 import inspect
 import json
@@ -18,6 +19,7 @@ from abc_plugin.cli import COMMANDS, main
 from abc_plugin.credit.metrics import credit_metrics
 from abc_plugin.host import ray_driver
 from abc_plugin.host.adapt import import_host
+from abc_plugin.study.plan import read_plan
 
 import_host()
 
@@ -111,14 +113,35 @@ def test_quickstart(tiny, tmp_path):
     assert len((out / "after.jsonl").read_text().splitlines()) == 16
 
 
-def test_the_studys_report_is_what_its_results_say(tmp_path, monkeypatch):
-    committed = ROOT / "launch" / "study" / "embedded"
+@pytest.mark.parametrize("name", ["embedded", "conditions", "lexicon"])
+def test_a_committed_report_is_what_its_results_say(name, tmp_path, monkeypatch):
+    committed = ROOT / "launch" / "study" / name
     monkeypatch.chdir(ROOT)
-    assert main(["study", "report", "launch/study/embedded/results.csv", "--out", str(tmp_path)]) == 0
+    assert main(["study", "report", f"launch/study/{name}/results.csv", "--out", str(tmp_path)]) == 0
     report = (committed / "report.md").read_text(encoding="utf-8")
     assert (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()[:-1] == report.splitlines()[:-1]
     assert {path.name for path in tmp_path.glob("*.png")} == {path.name for path in committed.glob("*.png")}
-    [table] = re.findall(r"\| minus its `none`.*\n\|[-|]*\n((?:\|.*\n)*)", README)
-    numbers = [cell.strip() for row in table.splitlines() for cell in row.split("|")[2:-1] if cell.strip()]
-    assert len(numbers) == 2 + 6 * 4
-    assert not [number for number in numbers if number not in report]
+    for variable in ("DEMO", "LEXICON"):
+        monkeypatch.setenv(variable, "prepared")
+    with (committed / "results.csv").open(encoding="utf-8", newline="") as file:
+        runs = {tuple(row.values())[: list(row).index("step")] for row in csv.DictReader(file)}
+    assert len(runs) == len(read_plan(ROOT / "launch" / "study" / f"{name}.yaml").grid())
+
+
+def test_the_readmes_studies_are_the_reports():
+    """Every number of the two tables, in the report that its row is of."""
+    reports = {
+        name: (ROOT / "launch" / "study" / name / "report.md").read_text(encoding="utf-8")
+        for name in ("embedded", "conditions", "lexicon")
+    }
+    main_table, others = (
+        [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()]
+        for table in re.findall(r"\| minus its `none`.*\n\|[-|]*\n((?:\|.*\n)*)", README)
+    )
+    assert len([cell for row in main_table for cell in row[1:] if cell]) == 2 + 6 * 4
+    assert len([cell for row in others for cell in row[1:] if cell]) == 5 * 3 + 3
+    for row in main_table:
+        assert not [number for number in row[1:] if number not in reports["embedded"]]
+    for label, *numbers in others:
+        report = reports["lexicon" if "lexicon" in label else "conditions"]
+        assert not [number for number in numbers if number not in report]

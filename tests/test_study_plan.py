@@ -166,12 +166,15 @@ def test_a_plan_that_is_not_there_or_names_no_directory(plan_file, tmp_path, cap
 
 def setting(value: str = "1", **more: str) -> Run:
     values = {"reward_shaping": "abc", "shaping.beta": "0.8", "train.seed": "1"} | more
-    return Run({}, values | {"algo.advantage.lambd": value})
+    values |= {"algo.advantage.lambd": value}
+    return Run({name: (said,) for name, said in values.items() if said}, values)
 
 
 def test_columns_and_names_tell_what_varies():
-    runs = [setting("1"), setting("0.95", **{"reward_shaping": "none", "shaping.beta": "", "data.x": "/a/b"})]
-    runs[0].settings["data.x"] = "/a/c"
+    none = {"reward_shaping": "none", "shaping.beta": ""}
+    runs = [setting("1", **{"data.x": "/a/c"}), setting("0.95", **none | {"data.x": "/a/b"})]
+    for run, made in zip(runs, ("/a/critic", ""), strict=True):  # of the same flag, as by an estimator without critic
+        run.flags["critic.x"], run.settings["critic.x"] = ("/a/critic",), made
     assert columns(runs) == ["reward_shaping", "shaping.beta", "algo.advantage.lambd", "data.x", "train.seed"]
     give_names(runs, [])
     assert [run.name for run in runs] == ["abc-beta0.8-lambda1-data.xc-seed1", "none-lambda0.95-data.xb-seed1"]

@@ -123,10 +123,15 @@ def column(flag: str) -> str:
 
 
 def columns(runs: Iterable[Run]) -> list[str]:
-    """The flags that are columns: method, beta, all others of which the runs have several values, seed."""
+    """The flags that are columns: method, beta, all others of which the runs have several values, seed.
+
+    A flag that all runs are given alike is none, though the host may make something else of it in some: of a critic's
+    path under an estimator without critic. The flag that it follows tells those apart.
+    """
     runs = list(runs)
     named = dict.fromkeys([*COLUMNS, *sorted(name for run in runs for name in run.settings)])
-    varied = [name for name in named if len({run.settings.get(name) for run in runs}) > 1]
+    both = {name: ({run.settings.get(name) for run in runs}, {run.flags.get(name) for run in runs}) for name in named}
+    varied = [name for name, (values, words) in both.items() if len(values) > 1 and len(words) > 1]
     return [*ALWAYS[:2], *(name for name in varied if name not in ALWAYS), ALWAYS[2]]
 
 

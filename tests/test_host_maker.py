@@ -98,13 +98,15 @@ def test_credit_keeps_the_return_and_moves_the_reward(estimator, method):
         assert torch.isfinite(mine.advantages).all()
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name not in ("gae", "group_norm")])
-def test_what_a_prompt_scores_by_itself_sets_no_token_apart_under_prefix(estimator):
+def test_what_a_prompt_scores_by_itself_sets_no_token_apart_under_prefix(estimator, tokens):
     """A reward model that only likes the prompt: without a critic, every token has the sparse reward's advantage."""
 
     def liked():
         experiences = batch()
         for exp in experiences:
+            exp.action_mask[0, tokens - 1] = 1  # row 0 acts at once behind a prompt of so many tokens
             exp.evidence = [{"prefix": exp.rewards[:, None].expand(-1, exp.sequences.shape[1])}]
         return experiences
 

@@ -71,8 +71,12 @@ def test_where_many_settings_vary_labels_leave_the_commonest_unsaid(tmp_path):
         "abc β 0.8, estimator reinforce, λ 1",
     ]
     assert report(tmp_path / "t.csv") == 0
-    said = (tmp_path / "t-report" / "report.md").read_text(encoding="utf-8")
-    assert "- Where not said otherwise: estimator gae, kl_coef 0.2, λ 0.95." in said.replace("\\", "")
+    said = (tmp_path / "t-report" / "report.md").read_text(encoding="utf-8").replace("\\", "")
+    assert said.index("Where not said otherwise: estimator gae, kl_coef 0.2, λ 0.95.") < said.index("against none (")
+    base = rows(**usual | {"kl_coef": ""})  # a setting that some runs do not have is said where it is there
+    found = read(write(tmp_path / "t.csv", table + base))
+    labels = [found.label(condition) for condition in found.conditions if condition.method == "abc"]
+    assert len(labels) == len(set(labels)) == 4 and "abc β 0.8" in labels and "abc β 0.8, kl_coef 0.2" in labels
 
 
 def test_report_of_a_study(tmp_path, capsys):

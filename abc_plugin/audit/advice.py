@@ -101,7 +101,8 @@ def _others(method: str, summary: Summary, records: list[dict[str, Any]]) -> lis
     better = [name for name, gains in compared.items() if any(gain.sign > 0 for gain in gains.values())]
     both = [name for name in better if all(gain.sign > 0 for gain in compared[name].values())]
     if better:
-        best_first = sorted(both or better, key=lambda name: -next(iter(compared[name].values())).mean)
+        rank = {name: gains["spearman"].mean for name, gains in compared.items() if "spearman" in gains}
+        best_first = sorted(both or better, key=lambda name: -rank.get(name, -1.0))
         said = [(_standing(compared[name]).capitalize(), name, _by(compared[name])) for name in best_first]
         return [f"{standing} is --reward_shaping {name}: {by}." for standing, name, by in said]
     if not compared:

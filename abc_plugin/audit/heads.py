@@ -1,8 +1,9 @@
-"""Which layer and heads carry reward: chosen on half of the prompts, reported on the other half.
+"""Which layer and heads follow the removals: chosen on half of the prompts, reported on the other half.
 
 The best of a hundred heads looks good by luck alone on the completions that it was chosen on. What is said of a chosen
 layer, head or set of heads is therefore measured on completions that had no part in the choice, and the heads said to
-carry reward are those whose interval, widened for the number of heads (Bonferroni), lies above 0.
+follow the removals, or to run against them, are those whose interval, widened for the number of heads (Bonferroni),
+lies above 0, or below.
 """
 
 from __future__ import annotations

@@ -175,6 +175,8 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
                 found = "none" if row_BS is None else tuple(row_BS.shape)
                 raise CreditError(f"{name} row {found} for sequences of shape {tuple(experience.sequences.shape)}")
             _check_finite(f"the {name}", row_BS, experience)
+            if name == "prefix":  # a prompt of one token lies before the actions: the others count from its score
+                row_BS = row_BS - row_BS[:, :1] * experience.action_mask[:, :1]
             rows_BA[f"{name}_BA"] = row_BS[:, 1:]  # action t is the choice of token t + 1
         for name in rows_BA.keys() & {"attention_BA", "policy_BA", "policy_last_BA"}:
             without_B = without_attention(rows_BA[name], experience.action_mask)

@@ -72,7 +72,8 @@ def _verdicts(analysis: Analysis) -> Section:
     )
     nothing = f"No condition has a baseline (method {BASELINE}, otherwise equal settings): nothing is compared."
     warnings = [f"Mind: {warning}" for warning in analysis.warnings]
-    return Section("Verdicts", [about], warnings + (verdict.sentences(analysis) or [nothing]))
+    abouts = [about] + [f"Where not said otherwise: {usual}." for usual in [analysis.table.usual_label] if usual]
+    return Section("Verdicts", abouts, warnings + (verdict.sentences(analysis) or [nothing]))
 
 
 def _claims(analysis: Analysis) -> Section | None:
@@ -262,8 +263,6 @@ def _read(analysis: Analysis, source: str) -> Section:
     same = [f"{name} {shown(first[name])}" for name in first if name not in table.varied and first[name] is not None]
     if same:
         items.append(f"In all of them: {', '.join(same)}.")
-    if table.usual:
-        items.append(f"Where not said otherwise: {table.named(table.usual.items())}.")
     alike: dict[str, list[str]] = {}
     for condition in table.conditions:
         steps = f"{len(condition.steps)} steps ({condition.steps[0]}–{condition.steps[-1]})"

@@ -103,7 +103,9 @@ def _panels(table: Table, metric: str) -> Panels:
         others = [c for c in having if c.method != BASELINE]
         room = MOST - len(base)
         parts = [others[i : i + room] for i in range(0, len(others), room)] or [[]]
-        panels += [(table.group_label(conditions[0]), base + part) for part in parts if base + part]
+        panels += [
+            (table.group_label(conditions[0]) or table.usual_label, base + part) for part in parts if base + part
+        ]
     return panels
 
 

@@ -92,7 +92,7 @@ def read_plan(path: str | Path, *, smoke: bool = False) -> Plan:
         raise UserError(f"{path}: {error}") from None
 
 
-def _read(path: Path, *, may_be_like: bool = True) -> dict[str, Any]:
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A file's document; with ``like``, what it does not say itself of driver, flags and smoke is that plan's."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -100,16 +100,18 @@ def _read(path: Path, *, may_be_like: bool = True) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}; give a plan") from None
     try:
         document = _yaml(text)
-        like = document.pop("like", None)
-        if like is not None and not (isinstance(like, str) and like and may_be_like):
-            raise UserError(f"like {like!r} has to name a plan that is itself like no other")
         for name in ("flags", "smoke"):
             _mapping(name, document.setdefault(name, {}))
+        if "like" not in document:
+            return document
+        like = document.pop("like")
+        if not (isinstance(like, str) and (path.parent / like).is_file()):
+            raise UserError(f"like {like!r} is no file beside it; give the name of a plan")
+        if path.resolve() in above:
+            raise UserError(f"like {like!r} comes back to it; give a plan that is not like this one")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    if like is None:
-        return document
-    base = _read(path.parent / like, may_be_like=False)
+    base = _read(path.parent / like, (*above, path.resolve()))
     over = {name: base[name] | document[name] for name in ("flags", "smoke")}
     return {"driver": base.get("driver", "local")} | document | over
 

@@ -75,7 +75,7 @@ class Table:
 
     @cached_property
     def usual(self) -> dict[str, Value]:
-        """Of each setting outside the credit that varies, its commonest value; empty where at most two vary.
+        """Of each setting outside the credit that varies and is never empty, its commonest value; none of at most two.
 
         A study of many conditions, each apart from the rest in one setting, would else name all settings each time.
         """
@@ -83,11 +83,16 @@ class Table:
         if len(names) <= 2:
             return {}
         counts = {name: Counter(condition.settings[name] for condition in self.conditions) for name in names}
-        return {name: count.most_common(1)[0][0] for name, count in counts.items()}
+        return {name: count.most_common(1)[0][0] for name, count in counts.items() if None not in count}
 
     def named(self, settings: Iterable[tuple[str, Value]]) -> str:
         given = [(name, value) for name, value in settings if name in self.varied and value is not None]
         return ", ".join(f"{SYMBOLS.get(name, name)} {shown(value)}" for name, value in given)
+
+    @property
+    def usual_label(self) -> str:
+        """What labels leave unsaid; empty where they say all."""
+        return self.named(self.usual.items())
 
     def groups(self) -> dict[tuple, list[Condition]]:
         """Conditions that may be compared, by what they share."""

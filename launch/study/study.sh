@@ -14,7 +14,7 @@ case "${1:-}" in
     "" | -*) plan=$root/launch/study/embedded.yaml ;;
     *) plan=$(realpath "$1") && shift ;;
 esac
-if [ -n "${SMOKE:-}" ] || [[ "$plan" =~ ^"$root"/launch/study/(embedded|conditions|lexicon).yaml$ ]]; then
+if [ -n "${SMOKE:-}" ] || [[ "$plan" =~ ^"$root"/launch/study/(embedded|conditions|lexicon)\.yaml$ ]]; then
     source "$root/launch/imdb.sh"
     export DEMO=$demo
     if [ -z "${SMOKE:-}" ] && [ "${plan##*/}" = lexicon.yaml ]; then

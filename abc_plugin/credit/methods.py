@@ -36,9 +36,7 @@ class Evidence:
     sequences_BS: Tensor
     action_mask_BA: Tensor
     attention_BA: Tensor | None = None  # reward model: of the score token on the action's token, >= 0
-    prefix_BA: Tensor | None = (
-        None  # reward model: the score head read there, before the first action at the prompt's end
-    )
+    prefix_BA: Tensor | None = None  # reward model: the score head read there; before the first action: the prompt's
     gradient_BA: Tensor | None = None  # reward model: gradient x input of the score on the token's embedding, signed
     policy_BA: Tensor | None = None  # policy: attention on the action's token, mean over the generation's rows, >= 0
     policy_last_BA: Tensor | None = None  # policy: of the step that chose the last token, >= 0

@@ -86,6 +86,7 @@ class Table:
         return {name: count.most_common(1)[0][0] for name, count in counts.items() if None not in count}
 
     def named(self, settings: Iterable[tuple[str, Value]]) -> str:
+        """``λ 0.95, length 48``: those that vary and have a value."""
         given = [(name, value) for name, value in settings if name in self.varied and value is not None]
         return ", ".join(f"{SYMBOLS.get(name, name)} {shown(value)}" for name, value in given)
 

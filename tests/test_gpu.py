@@ -10,12 +10,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModel, LlamaConfig, Qwen3Config
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from abc_plugin.attention import attach
+from abc_plugin.attention.rerun import rerun_eager_row, rerun_eager_rows
 from abc_plugin.cli import main
-from abc_plugin.recovery import attach
-from abc_plugin.recovery.cost import CREDIT, PLAIN, measure
-from abc_plugin.recovery.cpu_flash import flash_kernels, use_implementation
-from abc_plugin.recovery.parity import BF16, FP32, difference, distance, feed_of
-from abc_plugin.recovery.rerun import rerun_eager_row, rerun_eager_rows
+from abc_plugin.tools.bench.cost import CREDIT, PLAIN, measure
+from abc_plugin.tools.bench.cpu_flash import flash_kernels, use_implementation
+from abc_plugin.tools.bench.parity import BF16, FP32, difference, distance, feed_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -10,7 +10,7 @@ from recovery_models import LEFT, NONE, inputs, tiny_reward_model
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from abc_plugin.recovery.evidence import attach_readers, record, rows
+from abc_plugin.attention.readers import attach_readers, record, rows
 
 
 def on_gpu(test):

@@ -18,12 +18,13 @@ import abc_plugin
 from abc_plugin.cli import COMMANDS, main
 from abc_plugin.credit.metrics import credit_metrics
 from abc_plugin.host import ray_driver
-from abc_plugin.host.adapt import import_host
-from abc_plugin.study.plan import read_plan
+from abc_plugin.host.imports import import_host
+from abc_plugin.tools.study.plan import read_plan
 
 import_host()
 
-from abc_plugin.host import experience_maker, reward_model  # noqa: E402
+from abc_plugin.host import maker as experience_maker  # noqa: E402
+from abc_plugin.host import worker as reward_model  # noqa: E402
 
 ROOT = Path(abc_plugin.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

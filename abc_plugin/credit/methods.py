@@ -17,13 +17,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from abc_plugin.config import ShapingConfig
 from abc_plugin.credit.redistribute import last_action, response_weights, uniform_weights
 from abc_plugin.errors import UserError
 
 GROUP = "abc_plugin.reward_shaping"
 NEEDS = ("attention", "prefix", "gradient", "policy", "policy_last")
+POLICY = frozenset({"policy", "policy_last"})  # of methods.NEEDS: what the policy's worker answers
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,69 @@ NONE = share(lambda evidence: last_action(evidence.action_mask_BA))
 UNIFORM = share(lambda evidence: uniform_weights(evidence.action_mask_BA))
 ABC = share(lambda evidence: response_weights(evidence.attention_BA, evidence.action_mask_BA), "attention")
 
+# Of the policy's own attention while it generated (paper, appendix B): ABC-D averages over the steps that could see
+# the token, ABC-D2 takes the step that chose the last token; no step sees that token, so its credit is 0. As in the
+# authors' code (XanderJC/attention-based-credit, get_generator_attention_distribution), except that there the whole
+# distribution is one token late: the attention on a token credits the one after it.
+ABC_D = share(lambda evidence: response_weights(evidence.policy_BA, evidence.action_mask_BA), "policy")
+ABC_D2 = share(lambda evidence: response_weights(evidence.policy_last_BA, evidence.action_mask_BA), "policy_last")
+
+
+def prefix_credit(evidence: Evidence, reward_B: Tensor) -> Tensor:
+    """Differences of the score of the prefix, (B, A) fp32, reward units, signed.
+
+        credit[b,t] = phi[b,t] - phi[b,u]                t not the last action;  u the action before t
+        credit[b,t] = reward[b] - phi[b,u] + phi0[b]     t the last action
+        phi[b,u] = phi0[b]                               where no action is before t
+
+    phi = evidence.prefix_BA, the score head read at the action's token; phi0 the same at the token before the first
+    action, the prompt's own score (0 where the action axis has no such token). No action earned phi0, so it is paid at
+    the end, as in the sparse reward: paid with the first action, it would set that action's advantage apart from all
+    others wherever no critic takes it off. Rows sum to reward[b] whatever the units of phi are. phi is a function of
+    what the policy has seen when it acts next, so the policy gradient at gamma = lambda = 1 is that of the sparse
+    reward: credit is potential-based shaping (Ng et al. 1999; Chan et al. 2024, section 3, with a potential that is
+    one; RED, arXiv 2411.08302).
+    phi and reward differ in units where the host subtracts a baseline or clips: the last action then carries the
+    difference, which lies on it in the sparse reward, too.
+    After the environment's turn, the next action's difference includes what that turn did to the score.
+    """
+    mask_BA = evidence.action_mask_BA.bool()
+    phi_BA, reward_B1 = evidence.prefix_BA.double(), reward_B.double()[:, None]
+    place_A = torch.arange(mask_BA.shape[1], device=mask_BA.device)
+    acted_BA = torch.where(mask_BA, place_A, -1).cummax(1).values  # the last action up to and with t
+    before_BA = pad(acted_BA[:, :-1], (1, 0), value=-1)
+    first_B1 = mask_BA.int().argmax(1, keepdim=True)
+    start_B1 = pad(phi_BA, (1, 0)).gather(1, first_B1)
+    held_BA = torch.where(before_BA >= 0, phi_BA.gather(1, before_BA.clamp_min(0)), start_B1)
+    reached_BA = torch.where(last_action(mask_BA).bool(), reward_B1 + start_B1, phi_BA)
+    return torch.where(mask_BA, reached_BA - held_BA, 0.0).float()
+
+
+PREFIX = Method(frozenset({"prefix"}), prefix_credit)
+
+
+def gradient_credit(evidence: Evidence, reward_B: Tensor) -> Tensor:
+    """The reward's size spread by attribution, and what that leaves of the reward spread evenly, (B, A) fp32, signed.
+
+        a[b,t] = gradient[b,t] / sum_u |gradient[b,u]|                      0 where all of a row's gradient is 0
+        credit[b,t] = |reward[b]|·a[b,t] + (reward[b] - |reward[b]|·sum_u a[b,u]) / (number of actions)
+
+    Divides by the sum of absolute values, never by that of signed ones, which may be near 0: |credit| is at most
+    |reward|·(1 + 2 / actions). A token that raised the score gets more than the even share, also where the reward is
+    negative. Rows sum to reward[b]; multiplying the reward by a positive number multiplies the credit.
+    """
+    mask_BA = evidence.action_mask_BA.bool()
+    reward_B1 = reward_B.double()[:, None]
+    gradient_BA = evidence.gradient_BA.double() * mask_BA
+    size_B1 = gradient_BA.abs().sum(1, keepdim=True)
+    usable_B1 = size_B1 > torch.finfo(torch.float32).tiny
+    part_BA = torch.where(usable_B1, reward_B1.abs() * gradient_BA / size_B1.where(usable_B1, 1.0), 0.0)
+    rest_B1 = reward_B1 - part_BA.sum(1, keepdim=True)
+    return ((part_BA + rest_B1 / mask_BA.sum(1, keepdim=True).clamp_min(1)) * mask_BA).float()
+
+
+GRAD_INPUT = Method(frozenset({"gradient"}), gradient_credit)
+
 
 def available() -> list[str]:
     """Names of the registered methods, sorted."""
@@ -84,3 +151,14 @@ def load(name: str) -> Method:
     if unknown := set(method.needs) - set(NEEDS):
         raise UserError(f"{point.value} (--reward_shaping {name}) needs {min(unknown)!r}, none of {', '.join(NEEDS)}")
     return Method(frozenset(method.needs), method.credit, getattr(method, "weights", None))
+
+
+def policy_need(shaping: ShapingConfig) -> str | None:
+    """Which of POLICY the method needs; None where it needs neither or no reward moves.
+
+    Raises UserError for a method that needs both: one forward of the policy gives one.
+    """
+    needs = sorted(load(shaping.method).needs & POLICY) if shaping.dense else []
+    if len(needs) > 1:
+        raise UserError(f"--reward_shaping {shaping.method} needs {' and '.join(needs)} at once; let it need one")
+    return needs[0] if needs else None

@@ -11,8 +11,8 @@ from unittest import mock
 
 from abc_plugin.config import ShapingConfig
 from abc_plugin.errors import UserError
-from abc_plugin.host.adapt import optional_packages
-from abc_plugin.host.ranks import place
+from abc_plugin.host.imports import optional_packages
+from abc_plugin.local.ranks import place
 
 CLI = "openrlhf.cli.train_ppo_ray"
 REQUIRED = {

@@ -21,19 +21,19 @@ from transformers.utils import (
     cached_file,
 )
 
+from abc_plugin.attention import attach
+from abc_plugin.attention.prefix import check_causal
+from abc_plugin.attention.readers import attach_readers
 from abc_plugin.config import ShapingConfig
 from abc_plugin.credit import methods
-from abc_plugin.credit.policy import policy_need
+from abc_plugin.credit.methods import policy_need
 from abc_plugin.errors import UserError
-from abc_plugin.host.adapter_checks import adapter_base
 from abc_plugin.host.ensemble import reward_models
 from abc_plugin.host.method_checks import check_ensemble, check_method
 from abc_plugin.host.options import flag, option, set_option
-from abc_plugin.recovery import attach
-from abc_plugin.recovery.evidence import attach_readers
-from abc_plugin.recovery.prefix import check_causal
-from abc_plugin.tokenizers.check import side
-from abc_plugin.tokenizers.compare import Side, compare
+from abc_plugin.local.lora_checks import adapter_base
+from abc_plugin.text.check import side
+from abc_plugin.text.compare import Side, compare
 
 READ = 1000  # prompts that both tokenizers read before training
 

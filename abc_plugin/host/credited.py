@@ -10,9 +10,8 @@ from torch import Tensor
 
 from abc_plugin.config import ShapingConfig
 from abc_plugin.credit.methods import Evidence, Method
-from abc_plugin.credit.options import dropped
-from abc_plugin.credit.shaping import Shaped, shape
-from abc_plugin.host.segments import segment_ends
+from abc_plugin.credit.shaping import Shaped, dropped, shape
+from abc_plugin.text.segments import segment_ends
 
 
 def special_actions(tokenizer: Any, sequences_BS: Tensor) -> Tensor:

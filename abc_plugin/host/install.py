@@ -13,21 +13,21 @@ from argparse import Namespace
 
 from abc_plugin.config import ShapingConfig, add_flags, split_flags
 from abc_plugin.credit import methods
-from abc_plugin.credit.policy import policy_need
+from abc_plugin.credit.methods import policy_need
 from abc_plugin.errors import UserError
-from abc_plugin.host.actors import as_actor
 from abc_plugin.host.contract import refuse_broken_host
+from abc_plugin.host.ray_actors import as_actor
 
 # The host's name, and the subclass that takes its place.
 REBOUND = (
-    ("openrlhf.trainer.ray.launcher.RewardModelActor", "abc_plugin.host.reward_model.CreditRewardModel"),
+    ("openrlhf.trainer.ray.launcher.RewardModelActor", "abc_plugin.host.worker.CreditRewardModel"),
     ("openrlhf.trainer.ray.ppo_critic.CriticModelActor", "abc_plugin.host.normalisation.RestoredCritic"),
     ("openrlhf.trainer.ppo_trainer.PPOTrainer", "abc_plugin.host.trainers.CreditPPOTrainer"),
     ("openrlhf.trainer.ppo_trainer_async.TrainingActor", "abc_plugin.host.trainers.CreditTrainingActor"),
     ("openrlhf.trainer.ppo_trainer_async.PPOTrainerAsync", "abc_plugin.host.trainers.CreditPPOTrainerAsync"),
 )
 # Only for methods that need the policy's attention: without one the policy's worker is the host's.
-FOR_POLICY = ("openrlhf.trainer.ray.ppo_actor.PolicyModelActor", "abc_plugin.host.policy_attention.CreditPolicyModel")
+FOR_POLICY = ("openrlhf.trainer.ray.ppo_actor.PolicyModelActor", "abc_plugin.host.policy_worker.CreditPolicyModel")
 GET_STRATEGY = "openrlhf.utils.utils.get_strategy"
 
 _undo: list[tuple[object, str, object]] = []  # (module, name, the host's object), in the order of rebinding

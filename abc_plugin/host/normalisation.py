@@ -10,9 +10,9 @@ from argparse import Namespace
 
 from openrlhf.trainer.ray.ppo_critic import CriticModelActor
 
-from abc_plugin.host.actors import undecorated
+from abc_plugin.attention.layers import unwrap
 from abc_plugin.host.options import option
-from abc_plugin.recovery.layers import unwrap
+from abc_plugin.host.ray_actors import undecorated
 
 
 def normalises(args: Namespace) -> bool:

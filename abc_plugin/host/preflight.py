@@ -8,13 +8,13 @@ from pathlib import Path
 
 from abc_plugin.config import ShapingConfig
 from abc_plugin.credit import methods
-from abc_plugin.credit.policy import policy_need
+from abc_plugin.credit.methods import policy_need
 from abc_plugin.errors import UserError
-from abc_plugin.host.adapter_checks import refuse_on_ray
 from abc_plugin.host.checks import READ, check_models, check_policy, is_absent, read_data
 from abc_plugin.host.ensemble import reward_models
 from abc_plugin.host.method_checks import check_method
 from abc_plugin.host.options import flag, option
+from abc_plugin.local.lora_checks import refuse_on_ray
 
 SCORERS = ("layer", "heads", "recovery", "tokenizer_check", "reward_text")  # settings that only who scores can heed
 

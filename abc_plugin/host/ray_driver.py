@@ -9,7 +9,7 @@ from argparse import Namespace
 from abc_plugin.config import add_flags, split_flags
 from abc_plugin.credit import methods
 from abc_plugin.errors import CreditError, UserError, WorkerDied
-from abc_plugin.host.adapt import import_cluster_host, import_host
+from abc_plugin.host.imports import import_cluster_host, import_host
 from abc_plugin.host.options import flag
 
 ON_CPU = "--on_cpu"
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     dense = f", beta {shaping.beta:g}" if shaping.dense else ": the host's own sparse reward"
     print(f"abc_plugin: reward shaping {shaping.method}{dense}", flush=True)
     if on_cpu and not importlib.import_module("ray").is_initialized():
-        importlib.import_module("abc_plugin.host.cpu_cluster").start()
+        importlib.import_module("abc_plugin.host.on_cpu").start()
     return _train(args)
 
 

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from abc_plugin.config import ShapingConfig, add_flags, split_flags
 from abc_plugin.errors import UserError
-from abc_plugin.host.adapt import import_host
+from abc_plugin.host.imports import import_host
 from abc_plugin.host.options import flag, option
-from abc_plugin.tokenizers.mapping import piece_spans
+from abc_plugin.text.mapping import piece_spans
 
 CLI = "openrlhf.cli.serve_rm"
 HEEDED = ("layer", "heads", "recovery")
@@ -39,7 +39,7 @@ class CreditServer:
     """The host's loaded reward model and tokenizer (its RewardModelProxy), scoring with credit."""
 
     def __init__(self, proxy: Any, shaping: ShapingConfig) -> None:
-        from abc_plugin.recovery.evidence import attach_readers
+        from abc_plugin.attention.readers import attach_readers
 
         self.proxy = proxy
         about = {"layer": shaping.layer, "recovery": shaping.recovery, "heads": shaping.head_list}

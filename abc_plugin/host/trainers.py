@@ -7,9 +7,9 @@ from unittest import mock
 from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 
 from abc_plugin.errors import CreditError
-from abc_plugin.host.actors import undecorated
-from abc_plugin.host.experience_maker import CreditExperienceMaker
-from abc_plugin.host.records import Recorder
+from abc_plugin.host.maker import CreditExperienceMaker
+from abc_plugin.host.ray_actors import undecorated
+from abc_plugin.host.recorder import Recorder
 
 
 class WithCredit:

@@ -1,0 +1,131 @@
+"""Lets an unmodified OpenRLHF be imported and run on a machine without vLLM, flash-attn or CUDA."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+from abc_plugin.errors import UserError
+from abc_plugin.host.contract import refuse_broken_host
+
+# What OpenRLHF imports at module level from packages that one process without vLLM never calls.
+OPTIONAL = {
+    "vllm": ("vllm", "vllm.inputs", "vllm.utils"),
+    "flash_attn": ("flash_attn", "flash_attn.bert_padding", "flash_attn.utils", "flash_attn.utils.distributed"),
+}
+
+
+class _Absent(types.ModuleType):
+    """A module whose every name is a function that says which package is missing."""
+
+    def __getattr__(self, name: str) -> Callable:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def missing(*_args: object, **_kwargs: object) -> None:
+            raise UserError(f"{self.__name__}.{name} was called, but {self.__name__.split('.')[0]} is not installed")
+
+        return missing
+
+
+@contextlib.contextmanager
+def optional_packages() -> Iterator[None]:
+    """Within the block, importing an absent package of OPTIONAL yields stand-ins that refuse to be called.
+
+    They leave ``sys.modules`` afterwards, so that transformers and others still find the package absent.
+    """
+    absent = [name for package, names in OPTIONAL.items() if not _importable(package) for name in names]
+    sys.modules.update({name: _Absent(name) for name in absent})
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
+
+
+def _importable(package: str) -> bool:
+    """Whether the package imports; flash-attn without its CUDA extension is found but does not."""
+    if importlib.util.find_spec(package) is None:
+        return False
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        return False
+    return True
+
+
+class _CpuDevice(str):
+    """What OpenRLHF gets for the current CUDA device: usable as a device, and ``f"cuda:{device}"`` still parses."""
+
+    def __format__(self, spec: str) -> str:
+        return "0"
+
+
+def without_cuda() -> None:
+    """Answer OpenRLHF's calls into torch.cuda on a machine without it; does nothing where CUDA is available.
+
+    DeepSpeed is told to use its CPU accelerator, and kept from compiling its shared-memory collectives.
+    """
+    if torch.cuda.is_available():
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name in ("set_device", "synchronize", "empty_cache", "current_stream"):
+        setattr(torch.cuda, name, lambda *_args, **_kwargs: None)
+    torch.cuda.current_device = lambda: _CpuDevice("cpu")
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+
+
+def import_host(*, local: bool = True) -> None:
+    """Import OpenRLHF's PPO stack with whatever this machine has; a second call changes nothing.
+
+    ``local``: for the local driver, which runs with fewer versions.
+    Raises UserError when OpenRLHF or one of its required packages is missing, or its version or code is not supported.
+    """
+    # Before the stand-ins: these probe for flash-attn and vLLM, and must find them absent.
+    wanted = ("transformers", "datasets", "peft", "ray", "deepspeed", "torchdata")
+    missing = [name for name in (*wanted, "openrlhf") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"not installed: {', '.join(missing)}; run bash launch/environment.sh, or pip install them")
+    refuse_broken_host(local=local)
+    without_cuda()
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel("ERROR")  # kernels that nothing here asks for
+    for name in wanted:
+        importlib.import_module(name)
+    importlib.import_module("transformers").utils.is_flash_attn_2_available()  # its answer is cached
+    importlib.import_module("datasets").disable_progress_bars()
+    with optional_packages():
+        importlib.import_module("openrlhf.cli.train_ppo_ray")
+        importlib.import_module("openrlhf.trainer.ppo_trainer")
+    if not torch.cuda.is_available():
+        strategy = importlib.import_module("openrlhf.utils.deepspeed.deepspeed")
+        strategy.init_device_mesh = lambda _device, *args, **kwargs: init_device_mesh("cpu", *args, **kwargs)
+
+
+def import_cluster_host(*, on_cpu: bool) -> None:
+    """Import OpenRLHF's stack for a Ray cluster, where nothing may be a stand-in.
+
+    ``on_cpu``: prepare this process for a cluster without GPUs first.
+    Raises UserError when a package is missing, or OpenRLHF's version or code is not what the plugin supports.
+    """
+    required = ("ray", "deepspeed", "vllm", "flash_attn", "transformers", "openrlhf")
+    if missing := [name for name in required if importlib.util.find_spec(name) is None]:
+        raise UserError(
+            f"not installed: {', '.join(missing)}; pip install 'openrlhf[vllm]', or to try it on a CPU bash "
+            "launch/environment.sh ray and use .venv-ray/bin/abc-rlhf"
+        )
+    refuse_broken_host()
+    if on_cpu:
+        importlib.import_module("abc_plugin.host.on_cpu").worker_setup()
+    try:
+        importlib.import_module("openrlhf.cli.train_ppo_ray")
+    except ImportError as error:
+        raise UserError(f"OpenRLHF does not import here: {error}") from None

@@ -1,0 +1,129 @@
+"""Ray's calls, answered in this process: what OpenRLHF's train() needs to run without a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import time
+import types
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from abc_plugin.errors import UserError
+from abc_plugin.host.ray_actors import undecorated
+from abc_plugin.local import ranks
+
+SMALLER_MODELS = "--ds.load_in_4bit with --ds.lora.rank 16, or several GPUs with --ds.zero_stage 3"
+# Method of a worker: (what it does, the flags that lower its need of memory).
+MEMORY = {
+    "init_model_from_pretrained": ("loading the models", SMALLER_MODELS),
+    "gather": (
+        "gathering the policy's weights to generate, which ZeRO-3 needs on every GPU",
+        "--ds.load_in_4bit with --ds.lora.rank 16",
+    ),
+    "generate": ("generating", "a smaller --rollout.micro_batch_size or --rollout.max_new_tokens"),
+    "forward": ("scoring the rollout", "a smaller --rollout.micro_batch_size or --rollout.max_new_tokens"),
+    "fit": (
+        "training",
+        f"a smaller --train.micro_batch_size, --actor.gradient_checkpointing_enable, or {SMALLER_MODELS}",
+    ),
+}
+
+
+class InProcessRay:
+    """Stands in for the name ``ray`` in the host's modules: a value is its own object reference."""
+
+    @staticmethod
+    def is_initialized() -> bool:
+        return True
+
+    @staticmethod
+    def put(value: Any) -> Any:
+        return value
+
+    @staticmethod
+    def get(ref: Any, **_: object) -> Any:
+        return ref
+
+
+class InProcessClass:
+    """``handle = InProcessClass(cls).remote(...)`` makes a ``cls``; ``handle.method.remote(...)`` calls its method."""
+
+    def __init__(self, cls: type) -> None:
+        self.cls = cls
+
+    def remote(self, *args: object, **kwargs: object) -> InProcessHandle:
+        return InProcessHandle(self.cls(*args, **kwargs))
+
+
+class InProcessHandle:
+    def __init__(self, instance: object) -> None:
+        self.instance = instance
+
+    def __getattr__(self, method: str) -> types.SimpleNamespace:
+        return types.SimpleNamespace(remote=getattr(self.instance, method))
+
+
+class InProcessGroup:
+    """The host's RayActorGroup with one worker per rank, of which this process holds its own (host: launcher.py).
+
+    Every rank makes the same calls; each sees what all workers returned, in the order of ranks. Batched arguments are
+    deep-copied, as Ray copies by serialising: policy and critic each keep the experiences in a replay buffer of their
+    own and change them in place.
+
+    ``seconds`` adds up the time this rank's worker spent in each method.
+    """
+
+    def __init__(self, _num_nodes: int, _num_gpus_per_node: int, actor_class: type, **_placement: object) -> None:
+        self.place = ranks.place()
+        self.seconds: Counter[str] = Counter()
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        self.worker = undecorated(actor_class)(self.place.size, self.place.rank, address, port)
+        os.environ["LOCAL_RANK"] = str(self.place.local_rank)  # Ray's workers each see one GPU, and set this to 0
+
+    def async_init_model_from_pretrained(self, *args: object, **kwargs: object) -> list:
+        with memory_named("init_model_from_pretrained"):
+            return [self.worker.init_model_from_pretrained(*args, **kwargs)]
+
+    def async_save_model(self) -> list:
+        return [self.worker.save_model()]
+
+    def async_run_method(self, method_name: str, *args: object, **kwargs: object) -> list:
+        with self._timed(method_name):
+            result = getattr(self.worker, method_name)(*args, **kwargs)
+        return ranks.gather(result)
+
+    def async_run_method_batch(self, method_name: str, **batches: list) -> list:
+        """Each rank's list of results for its chunk of the batch; chunks are cut as the host cuts them."""
+        count = len(next(iter(batches.values())))
+        if count % self.place.size:  # a rank with fewer would leave the others waiting in a collective
+            raise RuntimeError(f"{count} batches of {method_name} for {self.place.size} ranks")
+        chunk = count // self.place.size
+        mine = slice(self.place.rank * chunk, (self.place.rank + 1) * chunk)
+        batches = {name: copy.deepcopy(values[mine]) for name, values in batches.items()}
+        with self._timed(method_name):
+            results = self.worker.execute_batch(method_name, batches, 0, chunk)
+        return ranks.gather(results)
+
+    @contextlib.contextmanager
+    def _timed(self, method_name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        with memory_named(method_name):
+            yield
+        self.seconds[method_name] += time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def memory_named(method_name: str) -> Iterator[None]:
+    """Within the block, running out of memory raises a UserError that says which flags lower the need."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; on a CPU it is a plain one
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        doing, remedy = MEMORY.get(method_name, (f"calling {method_name}", "a smaller model"))
+        raise UserError(f"out of memory while {doing}: try {remedy}") from error

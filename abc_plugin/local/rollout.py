@@ -1,0 +1,219 @@
+"""Rollouts by transformers' generate, where the host uses vLLM engines."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator, _collect_prompt_batch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor
+from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
+
+from abc_plugin.attention.layers import pretrained
+from abc_plugin.errors import UserError
+from abc_plugin.local import frozen, ranks
+from abc_plugin.local.in_process import memory_named
+from abc_plugin.local.zero3 import gathered
+
+
+class Draw(LogitsProcessor):
+    """Draws each row's next token by the row's own random numbers; leaves it as the only possible one.
+
+    token[b] = first v with sum_{u <= v} p[b,u] > uniform[b,t]      (inversion of the distribution, in float64)
+
+    A completion thus depends neither on the rows beside it nor on what was drawn before, and on a CPU it costs an
+    eighth of torch.multinomial.  uniform_BT: float64 in [0, 1), a column per token.
+    ``usable``: whether all logits so far were numbers; read once, since each look waits for the device.
+    """
+
+    def __init__(self, uniform_BT: Tensor) -> None:
+        self.uniforms = iter(uniform_BT.unbind(1))
+        self.usable = torch.tensor(True)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        cumulated_BV = torch.softmax(scores, -1).cumsum(-1, dtype=torch.float64)
+        self.usable = self.usable.to(scores.device) & cumulated_BV[:, -1].isfinite().all()
+        drawn_B1 = next(self.uniforms).to(scores.device)[:, None] * cumulated_BV[:, -1:]
+        token_B1 = torch.searchsorted(cumulated_BV, drawn_B1, right=True).clamp_max(scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token_B1, 0.0)
+
+
+@torch.no_grad()
+def generate(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    prompts: list[str],
+    *,
+    seed: tuple[int, ...],
+    batch_size: int,
+    max_len: int,
+    max_new_tokens: int | None,
+    temperature: float,
+    top_p: float,
+) -> list[dict]:
+    """One sampled completion per prompt, in the form the host's vLLM engines return it.
+
+    As there (host: utils/agent.py): prompts get no special tokens and lose tokens at the front when they leave no room
+    for ``max_new_tokens``; at least one token is sampled; the end-of-sequence token belongs to the response.
+    Prompts of like length are generated together, at most ``batch_size`` at a time, and shared out among the ranks.
+    What is drawn follows from ``seed`` and the prompt's place in ``prompts`` alone; no global random number is used.
+    Returns dicts with observation_tokens (prompt and response ids), action_ranges [(start, end)) and truncated.
+    Raises UserError for a prompt without tokens, RuntimeError where the policy's logits are NaN.
+    """
+    room = max_len - (max_new_tokens or 1)
+    ids = [tokenizer(text=prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    ids = [tokens[max(0, len(tokens) - room) :] for tokens in ids]
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        if not tokens:
+            raise UserError(f"the prompt {prompt!r} has no tokens; remove it from --data.prompt_dataset")
+    ends = sorted({tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)})
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
+    uniform_NT = torch.rand(len(ids), max_new_tokens or max_len, generator=generator, dtype=torch.float64)
+    settings = {
+        "do_sample": False,  # Draw samples
+        "min_new_tokens": 1,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": ends,
+        "use_cache": True,
+        "synced_gpus": False,  # no rank needs another to generate, under ZeRO-3 neither (``whole``)
+    }
+    here, mine = ranks.place(), {}
+    for chosen in _buckets(ids, batch_size, here.size, max_new_tokens is None)[here.rank :: here.size]:
+        draw = Draw(uniform_NT[chosen])
+        batch = tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, padding_side="left", return_tensors="pt")
+        warpers = [TemperatureLogitsWarper(temperature)] if temperature not in (0, 1) else []
+        warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+        # Nothing is taken from the model's own generation_config but its end tokens: the host's engines take no more.
+        width, sequences = batch["input_ids"].shape[1], []
+        with (
+            mock.patch.object(model, "generation_config", GenerationConfig()),
+            frozen.keeping(model, sequences, [width - len(ids[i]) for i in chosen]),
+        ):
+            output = model.generate(
+                **batch.to(model.device),
+                **settings,
+                max_new_tokens=max_new_tokens or max_len - len(ids[chosen[0]]),
+                logits_processor=[*warpers, draw] if temperature else [],
+            )
+            if not draw.usable:
+                raise RuntimeError("the policy's logits are NaN: it has diverged; lower --actor.adam.lr")
+            for i, tokens in zip(chosen, output[:, width:].tolist(), strict=True):
+                mine[i] = _response(ids[i], tokens[: max_len - len(ids[i])], ends)
+                sequences.append(mine[i]["observation_tokens"])
+    everyone = {i: response for share in ranks.gather(mine) for i, response in share.items()}
+    return [everyone[i] for i in range(len(ids))]
+
+
+def _buckets(ids: list[list[int]], batch_size: int, shares: int, by_length: bool = False) -> list[list[int]]:
+    """Indices of prompts by length, cut into as few equal parts as hold at most ``batch_size``, times ``shares``.
+
+    by_length: no two lengths in a part. Where only the whole sequence's length is limited, a short prompt's response
+    is longer than a long one's may be, and the long one would run past the model's positions.
+    """
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # like lengths together: less padding
+    if by_length:
+        groups = [list(group) for _, group in itertools.groupby(order, key=lambda i: len(ids[i]))]
+        return [group[at : at + batch_size] for group in groups for at in range(0, len(group), batch_size)]
+    parts = min(len(ids), shares * -(-len(ids) // (shares * batch_size)))
+    return [part.tolist() for part in np.array_split(order, parts)]
+
+
+def _response(prompt: list[int], tokens: list[int], ends: list[int]) -> dict:
+    end = next((at for at, token in enumerate(tokens) if token in ends), None)
+    response = tokens if end is None else tokens[: end + 1]
+    return {
+        "observation_tokens": prompt + response,
+        "action_ranges": [(len(prompt), len(prompt) + len(response))],
+        "truncated": end is None,
+    }
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def rows_at_once(model: torch.nn.Module, micro_batch_size: int) -> int:
+    """How many rows may generate together in the memory that the host's forward of ``micro_batch_size`` rows takes.
+
+    That forward keeps the logits of every position, in the model's dtype and in fp32 (host: models/actor.py); to
+    generate keeps keys and values, and for the last position a few copies of the logits. Eight times as many at most:
+    a prompt's activations are not counted. It matters, because few rows at a time take nearly as long as many.
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kept = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return micro_batch_size
+    return micro_batch_size * min(8, max(1, config.vocab_size * (model.dtype.itemsize + 4) // kept))
+
+
+@contextlib.contextmanager
+def whole(engine: Any) -> Iterator[torch.nn.Module]:
+    """The transformers model that a DeepSpeed engine trains, as if DeepSpeed were not there, ready to generate.
+
+    Adapters stay on. Under ZeRO-3 its weights are gathered once, for the length of the block, and the hooks are off
+    which would part them again after each layer: ranks whose responses end at different lengths do not wait for each
+    other. It leaves the model in eval mode, in which no checkpointing of activations forbids the cache.
+    """
+    model = engine.module
+    model.eval()
+    hooks = [(part, part._forward_pre_hooks, part._forward_hooks) for part in model.modules()]
+    with contextlib.ExitStack() as stack:
+        with memory_named("gather"):
+            stack.enter_context(gathered(model.parameters()))
+        for part, before, after in hooks:
+            part._forward_pre_hooks, part._forward_hooks = type(before)(), type(after)()
+        # PyTorch copies a frozen head's weight once per row for an input that is a slice, as the prompts' last states.
+        if head := pretrained(model).get_output_embeddings():
+            head.register_forward_pre_hook(lambda _, inputs: tuple(value.contiguous() for value in inputs))
+        try:
+            yield pretrained(model)
+        finally:
+            for part, before, after in hooks:
+                part._forward_pre_hooks, part._forward_hooks = before, after
+
+
+class TransformersSamplesGenerator(SamplesGenerator):
+    """The host's samples generator; only the engine call is another.
+
+    ``steps_done`` tells the number of the rollout, which with the seed decides what is drawn.
+    """
+
+    def __init__(self, host_generator: SamplesGenerator, policy_worker: Any, steps_done: Callable[[], int]) -> None:
+        vars(self).update(vars(host_generator))
+        self.policy_worker = policy_worker
+        self.steps_done = steps_done
+
+    def _generate_vllm(
+        self, dataloader_iter: object, num_prompts: int, dynamic_filtering: bool, **generate_kwargs: Any
+    ) -> tuple[list, int, bool]:
+        prompts, labels, images, exhausted = _collect_prompt_batch(dataloader_iter, num_prompts)
+        if not prompts:
+            return [], 0, True
+        copies = generate_kwargs.get("n_samples_per_prompt", self.args.rollout.n_samples_per_prompt)
+        repeat = [i for i in range(len(prompts)) for _ in range(copies)]
+        with memory_named("generate"), whole(self.policy_worker.actor.model) as model:
+            responses = generate(
+                model,
+                self.tokenizer,
+                [prompts[i] for i in repeat],
+                seed=(self.args.train.seed, self.steps_done()),
+                batch_size=rows_at_once(model, max(self.args.rollout.micro_batch_size, 1)),
+                **{name: generate_kwargs[name] for name in ("max_len", "max_new_tokens", "temperature", "top_p")},
+            )
+        echo = {"rollout_log_probs": None, "extra_logs": {}}
+        experiences = [
+            self._process_response_into_experience(
+                response | echo | {"prompt": prompts[i], "label": labels[i], "images": images[i]}, **generate_kwargs
+            )
+            for i, response in zip(repeat, responses, strict=True)
+        ]
+        return experiences, len(prompts), exhausted

@@ -1,0 +1,36 @@
+"""Where the segments of a response end: its sentences, or an agent's turns."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abc_plugin.text.spans import token_spans
+
+# What a token's own text shows of the end of a sentence; what follows it is not asked, so that the end is known when
+# the token is written. Closing quotes and brackets, with it or later, do not open another sentence by themselves.
+SENTENCE_END = re.compile(r"[.!?。！？…][\"'”’»)\]]*\s*$|\n")
+
+
+def segment_ends(kind: str, tokenizer: Any, sequences_BS: Tensor, action_mask_BA: Tensor) -> Tensor | None:
+    """Actions that close a segment, bool (B, A); None where ``kind`` is "none".
+
+    sentence: the token's text ends in a full stop, exclamation or question mark, with closing quotes or brackets, or
+    holds a line break.  turn: the last action before tokens that are not the policy's.
+    """
+    if kind == "none":
+        return None
+    mask_BA = action_mask_BA.bool()
+    turn_BA = mask_BA & ~torch.nn.functional.pad(mask_BA[:, 1:], (0, 1))
+    if kind == "turn":
+        return turn_BA
+    ends_BA = turn_BA.clone()
+    for row, acts_A in enumerate(mask_BA):
+        places = acts_A.nonzero().flatten()
+        text, spans = token_spans(tokenizer, sequences_BS[row, 1:][acts_A].tolist())
+        pieces = [text[int(start) : int(end)] for start, end in spans.tolist()]
+        ends_BA[row, places] |= torch.tensor([bool(SENTENCE_END.search(piece)) for piece in pieces], dtype=torch.bool)
+    return ends_BA

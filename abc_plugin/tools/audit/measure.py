@@ -1,0 +1,175 @@
+"""One completion: what the removal of each token does to the score, and what each method's credit says it does.
+
+A token is removed, not replaced: the sequence closes up behind it. So no neutral token has to be chosen, and the
+reward model reads text of the kind that it knows. The score is then read at the last token that is left.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from abc_plugin.config import ShapingConfig
+from abc_plugin.credit.methods import PREFIX, Evidence, Method
+from abc_plugin.credit.shaping import dropped, shape
+from abc_plugin.errors import UserError
+from abc_plugin.tools.audit.completions import Completion
+from abc_plugin.tools.audit.reward_model import FLAG, Look, RewardModel
+from abc_plugin.tools.audit.shares import PLACES, shares
+from abc_plugin.tools.audit.stats import spearman
+
+POINTS = 10  # a curve's steps: tokens are removed by tenths of the completion
+RANDOM, RECENCY, LEAVE_ONE_OUT = "random", "recency", "leave_one_out"
+EVIDENCE = ("attention", "prefix", "gradient")  # what a reward model alone can give
+
+
+def measure(
+    model: RewardModel, completion: Completion, methods: dict[str, Method], shaping: ShapingConfig
+) -> dict[str, Any]:
+    """All that later steps need of one completion, as plain JSON values (numbers to six digits).
+
+    effect[t] = score(whole) - score(without token t); credit and curves by method, among them ``random`` (one draw of
+    random shares), ``recency`` (the later, the more) and ``leave_one_out`` (credit = effect); and, of each
+    layer's mean row and each head's, the correlations with effect and where it lies (``attention``: by statistic and
+    layer a list of the mean row and the heads).
+    Raises UserError where a score is not finite.
+    """
+    prompt, ids = completion.prompt_ids, completion.ids
+    left = [prompt + ids, prompt, *(prompt + ids[:t] + ids[t + 1 :] for t in range(len(ids)))]
+    [_, empty, *without] = _finite(model, left, f"row {completion.row}")
+    look = model.look(prompt + ids)
+    effect_T = torch.tensor([look.score - score for score in without], dtype=torch.float64)
+    credit = {name: credit_of(method, completion, look, empty, shaping) for name, method in methods.items()}
+    credit[RANDOM] = random_credit(len(ids), look.score, seed=completion.row)
+    credit[RECENCY] = recency_credit(len(ids), look.score)
+    credit[LEAVE_ONE_OUT] = effect_T
+    rows_LHT = look.rows_LHS[:, :, len(prompt) :]
+    return {
+        "row": completion.row,
+        "prompt": completion.prompt,
+        "tokens": completion.tokens,
+        "punctuation": completion.punctuation,
+        "special": completion.special,
+        "reward": look.score,
+        "empty": empty,
+        "effect": _plain(effect_T),
+        "gradient": None if look.gradient_S is None else _plain(look.gradient_S[len(prompt) :]),
+        "credit": {name: _plain(credit_T) for name, credit_T in credit.items()},
+        "curves": curves(model, completion, credit, look.score, empty),
+        "layers": [_agreement(row_T, effect_T, look.score) for row_T in rows_LHT.mean(1)],
+        "heads": [[_agreement(row_T, effect_T, look.score) for row_T in rows_HT] for rows_HT in rows_LHT],
+        "attention": _places(rows_LHT, completion),
+        "configured": _agreement(look.evidence["attention"][len(prompt) :], effect_T, look.score),
+        "configured_heads": [_plain(row_S[len(prompt) :]) for row_S in look.layer_HS],
+        "on_prompt": _round(float(look.evidence["attention"][: len(prompt)].sum())),
+        "on_first": _round(float(look.evidence["attention"][0])),
+    }
+
+
+def credit_of(method: Method, completion: Completion, look: Look, empty: float, shaping: ShapingConfig) -> Tensor:
+    """The method's credit of the score for each token of the completion, before beta, (T,), score units.
+
+    ``prefix`` pays the prompt's own score, ``empty``, with the last token. No token earned it, so here its scores are
+    counted from there: credit[t] = score up to and with t - score before t, for all tokens.
+    """
+    first, ids = len(completion.prompt_ids), torch.tensor([completion.prompt_ids + completion.ids])
+    action_mask_BA = torch.arange(1, ids.shape[1])[None] >= first
+    given = {f"{name}_BA": look.evidence[name][None, 1:] for name in method.needs}
+    start = empty if method.credit is PREFIX.credit else 0.0
+    if start:
+        given["prefix_BA"] = given["prefix_BA"] - start
+    special_BA = torch.tensor([[False] * (first - 1) + completion.special])
+    shaped = shape(
+        method,
+        [Evidence(ids, action_mask_BA, **given)],
+        torch.tensor([look.score - start]),
+        beta=1.0,
+        dropped_BA=dropped(shaping.dropped, action_mask_BA, special_BA),
+        entropy_floor=shaping.entropy_floor,
+    )
+    return shaped.credit_BA[0, first - 1 :]
+
+
+def random_credit(tokens: int, reward: float, seed: int) -> Tensor:
+    """reward · shares drawn evenly from all that sum to 1, (T,)."""
+    generator = torch.Generator().manual_seed(seed)
+    weight_T = torch.empty(tokens, dtype=torch.float64).exponential_(generator=generator)
+    return reward * weight_T / weight_T.sum()
+
+
+def recency_credit(tokens: int, reward: float) -> Tensor:
+    """reward · (t + 1) / sum_u (u + 1), (T,): what credit is worth that knows of a token only how late it comes.
+
+    Late tokens move the score of many reward models more, and their attention favours late tokens.
+    """
+    place_T = torch.arange(1, tokens + 1, dtype=torch.float64)
+    return reward * place_T / place_T.sum()
+
+
+def removal_order(credit_T: Tensor, seed: int) -> list[int]:
+    """Tokens from the highest credit to the lowest; equal credit in random order, the same for the same seed."""
+    shuffled = torch.randperm(len(credit_T), generator=torch.Generator().manual_seed(seed))
+    return shuffled[credit_T[shuffled].argsort(descending=True, stable=True)].tolist()
+
+
+def curves(
+    model: RewardModel, completion: Completion, credit: dict[str, Tensor], whole: float, empty: float
+) -> dict[str, dict[str, list[float]]]:
+    """Score after k tenths of the completion are removed, k = 0 to POINTS, by method and direction.
+
+    "highest": the tokens of highest credit go first; the faithful curve falls early.  "lowest": those of lowest credit
+    (most negative) go first; the faithful one rises, or stays up.  Read backwards, "lowest" is insertion: the score
+    when the tokens of highest credit are put into an empty completion first, each at its place.
+    """
+    prompt, ids = completion.prompt_ids, completion.ids
+    counts = [round(k * len(ids) / POINTS) for k in range(POINTS + 1)]
+    left: dict[tuple[str, str], list[tuple[int, ...]]] = {}
+    for name, credit_T in credit.items():
+        order = removal_order(credit_T, completion.row)
+        left[name, "highest"] = [tuple(sorted(order[count:])) for count in counts]
+        left[name, "lowest"] = [tuple(sorted(order[: len(ids) - count])) for count in counts]
+    known = {tuple(range(len(ids))): whole, (): empty}
+    wanted = sorted({kept for curve in left.values() for kept in curve} - set(known))
+    scores = _finite(model, [prompt + [ids[t] for t in kept] for kept in wanted], f"row {completion.row}")
+    known |= dict(zip(wanted, scores, strict=True))
+    return {
+        name: {way: [_round(known[kept]) for kept in left[name, way]] for way in ("highest", "lowest")}
+        for name in credit
+    }
+
+
+def _places(rows_LHT: Tensor, completion: Completion) -> dict[str, list[list[float | None]]]:
+    """PLACES of each layer's mean row and heads, renormalised over the completion, by name, L lists of 1 + H."""
+    marks = {"punctuation": completion.punctuation, "special": completion.special}
+    share_LXT = shares(torch.cat([rows_LHT.mean(1, keepdim=True), rows_LHT], 1).double().numpy())
+    values = {name: place(share_LXT, marks) for name, (_, place) in PLACES.items()}
+    return {
+        name: [[None if np.isnan(value) else _round(value) for value in row] for row in value_LX.tolist()]
+        for name, value_LX in values.items()
+    }
+
+
+def _agreement(row_T: Tensor, effect_T: Tensor, reward: float) -> list[float | None]:
+    """Rank correlation of reward · row with the effects, and of the row with the effects' sizes."""
+    pair = (spearman(reward * row_T.double(), effect_T), spearman(row_T.double(), effect_T.abs()))
+    return [None if value is None else _round(value) for value in pair]
+
+
+def _finite(model: RewardModel, sequences: list[list[int]], where: str) -> list[float]:
+    scores = model.scores(sequences)
+    for score in scores:
+        if not math.isfinite(score):
+            raise UserError(f"{FLAG}: the score of {where} is {score}; check the model's weights and --dtype")
+    return scores
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _plain(values_T: Tensor) -> list[float]:
+    return [_round(value) for value in values_T.tolist()]

@@ -1,0 +1,240 @@
+"""The reward model in plain transformers, read as OpenRLHF reads it: scores, attention rows, gradients."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from captum.attr import LayerGradientXActivation
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
+
+from abc_plugin.attention import attach
+from abc_plugin.attention.layers import attention_layers, target_layer
+from abc_plugin.attention.positions import score_positions
+from abc_plugin.attention.readers import attach_readers, record, rows
+from abc_plugin.errors import UserError
+
+FLAG = "--reward.model_name_or_path"
+TOKENS = {"cpu": 4096, "cuda": 2**18}  # padded tokens of a forward to begin with; halved where memory runs out
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a sequence of S tokens shows of the model."""
+
+    score: float
+    evidence: dict[str, Tensor]  # what methods need, by name (``credit.methods.NEEDS``), each (S,)
+    rows_LHS: Tensor  # attention of the last token, by layer and head
+    layer_HS: Tensor  # those of the layer that ABC reads, all heads
+    gradient_S: Tensor | None  # captum's gradient x input of the score on each token's embedding; None if not asked
+
+
+class RewardModel:
+    """A checkpoint with a scalar head, its score read at the last token.
+
+    path: a directory or hub name.  head: the scalar layer's name, where the config has no ``value_head_prefix``.
+    normalise: subtract the config's mean and divide by its std, as ``--reward.normalize_enable`` does.
+    layer, heads: whose row ABC reads (``layers.target_layer``; None: all heads).  needs: of the methods audited.
+    ``layers`` are the indices of the layers of ``Look.rows_LHS``, and ``configured`` is an index among them.
+    Raises UserError on what is no reward model, on a model whose attention cannot be read, and on gradients of a
+    quantised one.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        layer: str = "last_full",
+        heads: list[int] | None = None,
+        needs: frozenset[str] = frozenset(),
+        head: str = "score",
+        normalise: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = load(path, head=head, dtype=dtype, normalise=normalise).to(self.device).eval()
+        self.model.config.use_cache = False
+        self.gradient = "gradient" in needs
+        if self.gradient and getattr(self.model, "is_quantized", False):
+            raise UserError(
+                f"{FLAG} {path} is a quantised checkpoint, whose kernels need not have a backward pass: audit the "
+                "unquantised one, which training with --ds.load_in_4bit quantises itself, or give --methods without "
+                "grad_input"
+            )
+        self.model.requires_grad_(False)
+        module, chosen, _ = target_layer(self.model, layer, outside=True)
+        total = getattr(module, "config", self.model.config.get_text_config()).num_attention_heads
+        if heads is not None and max(heads) >= total:
+            raise UserError(f"--shaping.heads {max(heads)}: the layer has {total} heads, 0 to {total - 1}")
+        modules = attention_layers(self.model, outside=True)
+        self.layers = list(modules)
+        self.configured, self.heads = self.layers.index(chosen), heads
+        self._taps = [self._tap(index, module) for index, module in modules.items()]
+        self._readers = attach_readers(self.model, needs - {"attention"})
+        self._tokens = TOKENS[self.device.type]
+
+    def _tap(self, index: int, module: nn.Module) -> Any:
+        """A model has one tap, but an attention module by itself is a model of one layer, if it has a config."""
+        if hasattr(module, "config"):
+            return attach(module, "last", per_head=True)
+        return attach(self.model, str(index), per_head=True)  # outside the attention interface: hooks, any number
+
+    @property
+    def window(self) -> int | None:
+        """The longest sequence that the model has positions for; None where the config sets no bound."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def scores(self, sequences: list[list[int]]) -> list[float]:
+        """Score of each sequence, in batches of like length as large as memory allows."""
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        scores = [0.0] * len(sequences)
+        at = 0
+        while at < len(order):
+            batch = order[at : at + self._fit(order[at:], sequences)]
+            try:
+                for i, score in zip(batch, self._scores([sequences[i] for i in batch]), strict=True):
+                    scores[i] = score
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _out_of_memory(error) or len(batch) == 1:
+                    raise
+                self._tokens = max(1, sum(len(sequences[i]) for i in batch) // 2)
+                torch.cuda.empty_cache()
+                continue
+            at += len(batch)
+        return scores
+
+    def _fit(self, order: list[int], sequences: list[list[int]]) -> int:
+        """How many of the next sequences, ascending in length, one forward takes; at least 1."""
+        count = 0
+        while count < len(order) and (count + 1) * len(sequences[order[count]]) <= self._tokens:
+            count += 1
+        return max(1, count)
+
+    @torch.no_grad()
+    def _scores(self, sequences: list[list[int]]) -> list[float]:
+        length_B = torch.tensor([len(ids) for ids in sequences], device=self.device)
+        ids_BS = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True)
+        ids_BS = ids_BS.to(self.device)
+        mask_BS = (torch.arange(ids_BS.shape[1], device=self.device)[None] < length_B[:, None]).long()
+        return self.model(ids_BS, mask_BS).float().tolist()
+
+    def look(self, ids: list[int]) -> Look:
+        """Score, evidence, and every layer's and head's row of one sequence."""
+        ids_BS = torch.tensor([ids], device=self.device)
+        mask_BS = torch.ones_like(ids_BS)
+        with torch.no_grad(), ExitStack() as stack:
+            read = stack.enter_context(record(self._readers, mask_BS))
+            recordings = [stack.enter_context(tap.record(mask_BS)) for tap in self._taps]
+            score = self.model(ids_BS, mask_BS).item()
+            rows_LHS = torch.stack([recording.row_BHS[0] for recording in recordings]).float().cpu()
+        evidence = {name: row_BS[0] for name, row_BS in rows(read).items()}
+        layer_HS = rows_LHS[self.configured]
+        evidence["attention"] = (layer_HS if self.heads is None else layer_HS[self.heads]).mean(0)
+        return Look(score, evidence, rows_LHS, layer_HS, self._gradient(ids_BS) if self.gradient else None)
+
+    def _gradient(self, ids_BS: Tensor) -> Tensor:
+        """gradient[s] = sum_d embedding[s,d] · d score / d embedding[s,d], by captum, (S,)."""
+        embedding = self.model.get_input_embeddings()
+        embedding.weight.requires_grad_(True)  # so that its output takes part in the graph; it gets no gradient
+        explain = LayerGradientXActivation(self.model, embedding)
+        attribution_BSD = explain.attribute(ids_BS, additional_forward_args=torch.ones_like(ids_BS))
+        embedding.weight.requires_grad_(False)
+        return attribution_BSD[0].detach().float().sum(-1).cpu()
+
+    def close(self) -> None:
+        """Detach the taps."""
+        for tap in self._taps:
+            tap.close()
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits over the weights' names, shapes and up to 64 values of each, evenly spaced."""
+        digest = hashlib.sha256()
+        for name, weight in self.model.state_dict().items():
+            flat = weight.detach().flatten()
+            sample = flat[:: max(1, len(flat) // 64)].float().cpu()
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + sample.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load(path: str, *, head: str, dtype: torch.dtype, normalise: bool) -> PreTrainedModel:
+    """The checkpoint at ``path`` as a base model with a scalar head (OpenRLHF: models/model.py, _get_reward_model).
+
+    Raises UserError where there is no model, no head, or a head that is no scalar.
+    """
+    if not Path(path).expanduser().is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise UserError(f"{FLAG} {path}: no such directory")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{FLAG} {path} is not a Hugging Face model: {str(error).splitlines()[0]}") from None
+    config.normalize_reward = normalise
+    head = getattr(config, "value_head_prefix", head)
+    with _quiet():
+        try:
+            model, report = reward_class(config, head).from_pretrained(
+                path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(f"{FLAG} {path} does not load: {str(error).splitlines()[0]}") from None
+    if f"{head}.weight" in {name for name, *_ in report["mismatched_keys"]}:
+        raise UserError(f"{FLAG} {path}: its head {head}.weight is no scalar; use a reward model with one output")
+    if f"{head}.weight" in report["missing_keys"]:
+        raise UserError(
+            f"{FLAG} {path} has no weight {head}.weight: it is no reward model, or its scalar head has another name, "
+            "which --ds.value_head_prefix can give"
+        )
+    if lost := sorted(report["missing_keys"]):
+        raise UserError(f"{FLAG} {path} lacks {len(lost)} weights, {lost[0]} among them; save the whole model there")
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' table of loaded keys: what matters of it becomes an error of our own."""
+    before = get_verbosity()
+    set_verbosity_error()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        set_verbosity(before)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """On CUDA a class of its own; the CPU's allocator raises a RuntimeError that says so."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def reward_class(config: Any, head: str) -> type[PreTrainedModel]:
+    """A class of the config's family with OpenRLHF's scalar head.
+
+    score[b] = w · hidden[b, last 1 of mask b], less the mean over the std where the config says normalize_reward
+    """
+    if type(config) not in AutoModel._model_mapping:
+        raise UserError(f"{FLAG}: {type(config).__name__} has no base model in transformers; use one that has")
+    base = AutoModel._model_mapping[type(config)]
+
+    class ScalarReward(base.__base__):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            setattr(self, self.base_model_prefix, base(config))
+            self.value_head_prefix, self.normalize_reward = head, config.normalize_reward
+            self.mean, self.std = getattr(config, "mean", 0.0), getattr(config, "std", 1.0)
+            setattr(self, head, nn.Linear(config.get_text_config().hidden_size, 1, bias=False))
+            self.post_init()
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            trunk = getattr(self, self.base_model_prefix)
+            hidden_BSD = trunk(input_ids, attention_mask=attention_mask).last_hidden_state
+            values_BS = getattr(self, head)(hidden_BSD).squeeze(-1)
+            score_B = values_BS.gather(1, score_positions(attention_mask)[:, None]).squeeze(1)
+            return (score_B - self.mean) / self.std if self.normalize_reward else score_B
+
+    return ScalarReward

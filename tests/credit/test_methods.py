@@ -1,0 +1,163 @@
+"""Prefix, gradient and the options: literals worked by hand."""
+
+import math
+
+import pytest
+import torch
+
+from abc_plugin.credit.methods import ABC, GRAD_INPUT, PREFIX, UNIFORM, Evidence
+from abc_plugin.credit.metrics import mean_disagreement, negative_share
+from abc_plugin.credit.redistribute import mix
+from abc_plugin.credit.shaping import disagreement, dropped, entropy, pooled, shape, with_entropy, without
+
+
+def tensor(*rows):
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+# Prompt of two tokens and three actions; two action spans; one action; none.
+MASK = torch.tensor([[0, 1, 1, 1, 0], [1, 0, 0, 1, 1], [0, 0, 1, 0, 0], [0] * 5])
+REWARD = torch.tensor([2.0, -1.0, 5.0, 7.0])
+IDS = torch.zeros(4, 6, dtype=torch.long)
+
+
+def test_prefix_by_hand():
+    phi = tensor([9.0, 1.0, 0.5, 1.5, 9.0], [0.25, 9.0, 9.0, -0.5, 0.0], [0.0, 3.0, 4.0, 0.0, 0.0], [1.0] * 5)
+    credit = PREFIX.credit(Evidence(IDS, MASK, prefix_BA=phi), REWARD)
+    # The prompt scores 9: 1 - 9, 0.5 - 1, 2 - 0.5 + 9; unknown: 0.25, -0.5 - 0.25 over the other side's turn,
+    # -1 + 0.5; one action: 5 - 3 + 3; nothing.
+    expected = tensor([0, -8.0, -0.5, 10.5, 0], [0.25, 0, 0, -0.75, -0.5], [0, 0, 5.0, 0, 0], [0] * 5)
+    assert torch.equal(credit, expected)
+    assert negative_share(credit).tolist() == pytest.approx([8.5 / 19.0, 1.25 / 1.5, 0.0, 0.0])
+
+
+def test_a_score_that_only_the_prompt_moves_is_the_sparse_reward():
+    """Without a critic, a prompt's score paid with the first action would be that action's advantage alone."""
+    phi = tensor([3.0] * 5, [3.0] * 5, [3.0] * 5, [0.0] * 5)
+    mask = MASK.clone()
+    mask[1, 0] = 0
+    credit = PREFIX.credit(Evidence(IDS, mask, prefix_BA=phi), REWARD)
+    assert torch.equal(credit, tensor([0, 0, 0, 2.0, 0], [0, 0, 0, 0, -1.0], [0, 0, 5.0, 0, 0], [0] * 5))
+
+
+def test_prefix_reads_the_prompts_end_and_the_actions_but_the_last():
+    phi = torch.randn(4, 5)
+    acts_later = MASK.flip(1).cumsum(1).flip(1) > MASK
+    starts = torch.nn.functional.pad(MASK[:, 1:], (0, 1)).bool() & (MASK.cumsum(1) == 0)
+    noisy = torch.where(MASK.bool() & acts_later | starts, phi, 100.0)
+    of = [PREFIX.credit(Evidence(IDS, MASK, prefix_BA=x), REWARD) for x in (phi, noisy)]
+    torch.testing.assert_close(*of)
+
+
+def test_gradient_by_hand():
+    gradient = tensor([9.0, 3.0, -1.0, 0.0, 9.0], [1.0, 9.0, 9.0, 2.0, -1.0], [0] * 5, [1] * 5)
+    credit = GRAD_INPUT.credit(Evidence(IDS, MASK, gradient_BA=gradient), REWARD)
+    # |2| * [.75, -.25, 0] leaves 2 - 1 = 1, a third each; |-1| * [.25, .5, -.25] leaves -1 - .5 = -1.5, -.5 each.
+    third = 1 / 3
+    expected = tensor([0, 1.5 + third, -0.5 + third, third, 0], [-0.25, 0, 0, 0.0, -0.75], [0, 0, 5.0, 0, 0], [0] * 5)
+    torch.testing.assert_close(credit, expected)
+
+
+def test_gradients_that_cancel_are_no_division_by_zero():
+    gradient = tensor([0.0, 1.0, -1.0, 1e-20, 0.0])
+    credit = GRAD_INPUT.credit(Evidence(IDS[:1], MASK[:1], gradient_BA=gradient), REWARD[:1])
+    torch.testing.assert_close(credit, tensor([0, 1 + 2 / 3, -1 + 2 / 3, 2 / 3, 0]))
+
+
+def test_dropped_tokens_by_hand():
+    special = torch.tensor([[1, 1, 0, 0, 0], [0] * 5, [0] * 5, [0] * 5]).bool()
+    assert dropped(frozenset(), MASK, special) is None
+    assert dropped({"special"}, MASK, special)[0].tolist() == [True, True, False, False, False]
+    both = dropped({"special", "sinks"}, MASK, special)
+    assert both[:3].int().tolist() == [[1, 1, 0, 1, 0], [0, 0, 0, 0, 1], [0, 0, 1, 0, 0]]
+    kept = MASK.bool() & ~both
+    weight = tensor([0, 0.5, 0.3, 0.2, 0], [0.2, 0, 0, 0.2, 0.6], [0, 0, 1.0, 0, 0], [0] * 5)
+    # The second keeps .2 and .2; the third has nothing else to give its share to; the fourth nothing at all.
+    expected = tensor([0, 0, 1.0, 0, 0], [0.5, 0, 0, 0.5, 0], [0, 0, 1.0, 0, 0], [0] * 5)
+    torch.testing.assert_close(without(weight, kept), expected)
+    lonely = tensor([0, 1.0, 0.0, 0.0, 0])
+    torch.testing.assert_close(without(lonely, tensor([0, 0, 1, 1, 0]).bool()), tensor([0, 0, 0.5, 0.5, 0]))
+
+
+def test_entropy_floor_by_hand():
+    weight, kept = tensor([1.0, 0.0], [0.6, 0.4]), torch.ones(2, 2, dtype=torch.bool)
+    assert torch.equal(with_entropy(weight, kept, 0.0), weight)
+    torch.testing.assert_close(with_entropy(weight, kept, 1.0), tensor([0.5, 0.5], [0.5, 0.5]))
+    # A share p with -p ln p - (1-p) ln(1-p) = ln 2 / 2 is 0.110028; the second row has more entropy already.
+    mixed = with_entropy(weight, kept, 0.5)
+    torch.testing.assert_close(mixed, tensor([1 - 0.1100279, 0.1100279], [0.6, 0.4]))
+    assert entropy(mixed)[0].item() == pytest.approx(math.log(2) / 2, abs=1e-6)
+
+
+def test_pooled_by_hand():
+    credit = tensor([0, 1.0, -0.5, 1.5, 0], [0.25, 0, 0, -0.75, -0.5])
+    ends = torch.tensor([[0, 0, 1, 0, 1], [1, 0, 0, 0, 0]]).bool()  # one off the actions: does not count
+    expected = tensor([0, 0, 0.5, 1.5, 0], [0.25, 0, 0, 0, -1.25])
+    assert torch.equal(pooled(credit, MASK[:2], ends), expected)
+    none = torch.zeros_like(ends)
+    assert torch.equal(pooled(credit, MASK[:2], none), tensor([0, 0, 0, 2.0, 0], [0, 0, 0, 0, -1.0]))
+
+
+def test_pooling_a_causal_method_keeps_it_causal():
+    """A token's credit, and where a segment ends, know nothing of later tokens: so neither does the pooled credit."""
+    phi, mask = torch.randn(1, 8), torch.ones(1, 8, dtype=torch.long)
+    ends = torch.tensor([[0, 0, 1, 0, 1, 0, 0, 1]]).bool()
+    other = phi.clone()
+    other[0, 5:] = torch.randn(3)
+    of = [pooled(PREFIX.credit(Evidence(IDS, mask, prefix_BA=x), REWARD[:1]), mask, ends) for x in (phi, other)]
+    assert torch.equal(of[0][:, :5], of[1][:, :5])
+
+
+def test_mix_by_hand():
+    credit = tensor([0, 1.0, -0.5, 1.5, 0], [0.25, 0, 0, -0.75, -0.5], [0, 0, 5.0, 0, 0], [0] * 5)
+    shaped = mix(REWARD, credit, MASK, 0.5)
+    # half of each, and half of 2, -1, 5 on the last action.
+    expected = tensor([0, 0.5, -0.25, 0.75 + 1, 0], [0.125, 0, 0, -0.375, -0.25 - 0.5], [0, 0, 5.0, 0, 0], [0] * 5)
+    assert torch.equal(shaped, expected)
+    beta = tensor([1, 0.0, 1.0, 1.0, 1], [1] * 5, [0] * 5, [1] * 5)
+    shaped = mix(REWARD, credit, MASK, beta)
+    assert shaped[0].tolist() == [0, 0, -0.5, 2.5, 0]  # the freed 1.0 is on the last action
+    assert shaped[2].tolist() == [0, 0, 5.0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("credit", "message"),
+    [
+        (torch.ones(4, 4), "credit has shape"),
+        (torch.ones(4, 5), "not zero outside the response"),
+        (MASK * math.nan, "NaN"),
+        (MASK * 1.0, "row 2 is off by|row 0 is off by|row 1 is off by"),
+    ],
+)
+def test_mix_refuses(credit, message):
+    with pytest.raises(ValueError, match=message):
+        mix(REWARD, credit, MASK, 0.5)
+
+
+def test_disagreement_by_hand():
+    # Mean size 1.5, deviation .5; 1.25 and .25; only one; 0 and -.5.
+    first, second = tensor([2.0, 1.0, 1.0, 0.0], [1.0, 0, 0, 1.0]), tensor([1.0, 1.5, 0.0, -0.5], [1.0, 0, 0, 1.0])
+    apart = disagreement([first, second])
+    expected = [1 / 3, 0.2, 1.0, 1.0]
+    torch.testing.assert_close(apart, tensor(expected, [0.0] * 4))
+    assert torch.equal(disagreement([first]), torch.zeros(2, 4))
+    assert (disagreement([first, second, -first, 9 * second]) <= 1).all()
+
+
+def test_an_ensemble_by_hand():
+    """Two models' attention on two actions, 1:3 and 3:1 within the response: mean uniform, disagreement 0.5."""
+    mask, reward = torch.ones(1, 2, dtype=torch.long), torch.tensor([4.0])
+    members = [Evidence(IDS[:1, :3], mask, attention_BA=tensor(row)) for row in ([0.1, 0.3], [0.6, 0.2])]
+    shaped = shape(ABC, members, reward, beta=0.8)
+    torch.testing.assert_close(shaped.share_BA, tensor([0.5, 0.5]))
+    torch.testing.assert_close(shaped.disagreement_BA, tensor([0.5, 0.5]))
+    torch.testing.assert_close(shaped.reward_BA, tensor([0.8 * 0.5 * 2.0, 4.0 - 0.8]))
+    torch.testing.assert_close(mean_disagreement(shaped.disagreement_BA, shaped.share_BA), torch.tensor([0.5]))
+    agreeing = shape(ABC, [members[0], members[0]], reward, beta=0.8)
+    torch.testing.assert_close(agreeing.reward_BA, shape(ABC, members[:1], reward, beta=0.8).reward_BA)
+
+
+def test_uniform_without_special_tokens():
+    special = torch.tensor([[0, 0, 0, 1, 0]] * 4).bool()
+    shaped = shape(UNIFORM, [Evidence(IDS, MASK)], REWARD, beta=1.0, dropped_BA=special)
+    torch.testing.assert_close(shaped.reward_BA[0], torch.tensor([0, 1.0, 1.0, 0, 0]))

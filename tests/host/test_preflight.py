@@ -1,0 +1,122 @@
+"""What the Ray driver refuses before Ray is asked for anything, and what it makes of a worker's end."""
+
+import shutil
+
+import pytest
+import ray
+from conftest import local_flags
+from test_worker import worker
+
+from abc_plugin.config import ShapingConfig
+from abc_plugin.errors import CreditError, UserError, WorkerDied
+from abc_plugin.host.imports import import_host
+
+import_host()
+
+from abc_plugin.host.arguments import parse_for_one_process  # noqa: E402
+from abc_plugin.host.preflight import preflight  # noqa: E402
+from abc_plugin.host.ray_driver import _cause  # noqa: E402
+
+
+def checked(tiny, out, shaping=None, **changes):
+    shaping = shaping or ShapingConfig("abc")
+    args, _ = parse_for_one_process(local_flags(tiny, out, **changes), shaping)
+    preflight(args, shaping)
+    return args
+
+
+@pytest.fixture
+def headless(tiny, tmp_path):
+    """The policy's weights where a reward model is expected."""
+    return shutil.copytree(tiny / "policy", tmp_path / "headless")
+
+
+def test_good_models_pass(tiny, tmp_path):
+    assert checked(tiny, tmp_path).shaping_checked
+    # The kernels of the workers need not run on the driver's machine.
+    assert checked(tiny, tmp_path, **{"ds.attn_implementation": "flash_attention_2"}).shaping_checked
+
+
+@pytest.mark.parametrize("method", ["abc", "uniform", "none"])
+def test_a_model_without_a_head_is_refused_whatever_the_method(tiny, tmp_path, headless, method):
+    with pytest.raises(UserError, match="has no weight score.weight: it is no reward model"):
+        checked(tiny, tmp_path, ShapingConfig(method), **{"reward.model_name_or_path": headless})
+
+
+def test_prompts_are_read_before_any_worker(tiny, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(UserError, match="has no key 'input', only text; set --data.input_key"):
+        checked(tiny, tmp_path, **{"data.prompt_dataset": tmp_path / "bad.jsonl"})
+
+
+def test_models_of_other_machines_are_checked_by_the_worker(tiny, tmp_path, headless, monkeypatch, capsys):
+    away = tmp_path / "away"
+    args = checked(tiny, tmp_path, **{"actor.model_name_or_path": away, "reward.model_name_or_path": headless})
+    assert args.shaping_checked is False
+    assert f"not on this machine, so checked by the worker that loads it: {away}" in capsys.readouterr().out
+    shutil.copytree(tiny / "policy", away)  # the worker has it
+    with pytest.raises(UserError, match="has no weight score.weight"):
+        worker(tiny, monkeypatch, args.shaping, args=args)
+
+
+def test_map_needs_the_models_here(tiny, tmp_path):
+    shaping = ShapingConfig("abc", tokenizer_check="map")
+    with pytest.raises(UserError, match="map needs the models on the driver's machine too: .*away"):
+        checked(tiny, tmp_path, shaping, **{"actor.model_name_or_path": tmp_path / "away"})
+
+
+@pytest.mark.parametrize(
+    "setting", [{"tokenizer_check": "map"}, {"tokenizer_check": "off"}, {"layer": "0"}, {"recovery": "tap"}]
+)
+def test_settings_that_a_remote_reward_cannot_heed(tiny, tmp_path, setting):
+    changes = {"reward.model_name_or_path": None, "reward.remote_url": "http://x/get_reward"}
+    args, _ = parse_for_one_process(local_flags(tiny, tmp_path), ShapingConfig())
+    args.reward.remote_url = [changes["reward.remote_url"]]
+    with pytest.raises(UserError, match="means nothing with --reward.remote_url: .*serve-rm takes --shaping.layer"):
+        preflight(args, ShapingConfig("abc", **setting))
+
+
+def test_a_remote_reward_is_told_what_to_send(tiny, tmp_path, capsys):
+    args, _ = parse_for_one_process(local_flags(tiny, tmp_path), ShapingConfig())
+    args.train.agent_func_path = "agent.py"
+    preflight(args, ShapingConfig("abc"))
+    assert "--train.agent_func_path is set: --reward_shaping abc needs credit_spans" in capsys.readouterr().out
+    preflight(args, ShapingConfig("uniform"))
+    assert capsys.readouterr().out == ""
+
+
+CREATION = """The actor died because of an error raised in its creation task, ray::PPOTrainer.__init__() (pid=1)
+  File "x.py", line 1, in f
+           ^^^^^
+{}"""
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        ("abc_plugin.errors.UserError: no such file", UserError, "^no such file$"),
+        ("abc_plugin.errors.CreditError: no credit", CreditError, "^no credit$"),
+        ("ValueError: 3", WorkerDied, "^a Ray worker could not start: ValueError: 3$"),
+    ],
+)
+def test_a_worker_that_could_not_start_says_why(text, kind, message):
+    died = ray.exceptions.RayActorError()
+    died.error_msg = CREATION.format(text)
+    with pytest.raises(kind, match=message):
+        raise _cause(died, "--ckpt.load_enable")
+
+
+def test_a_worker_that_died_says_how_to_go_on():
+    died = ray.exceptions.ActorDiedError()
+    wrapped = ray.exceptions.RayTaskError(
+        "fit", "traceback", ray.exceptions.RayTaskError("forward", "traceback", died)
+    )
+    with pytest.raises(
+        WorkerDied, match="a Ray worker died: .* go on from the last checkpoint with --load_checkpoint"
+    ):
+        raise _cause(wrapped, "--load_checkpoint")
+    other = ray.exceptions.RayTaskError("fit", "traceback", ValueError("3"))
+    assert _cause(other, "--ckpt.load_enable") is other
+    ours = ray.exceptions.RayTaskError("fit", "traceback", CreditError("lost"))
+    with pytest.raises(CreditError, match="lost"):
+        raise _cause(ours, "--ckpt.load_enable")

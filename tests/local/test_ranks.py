@@ -1,0 +1,353 @@
+"""Several ranks: shares, results and errors; and that two ranks train what one rank trains."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import as_words, run_python, run_settings
+from processes import spawn
+from test_driver import scalars
+from transformers import AutoModelForCausalLM
+
+from abc_plugin import cli
+from abc_plugin.errors import UserError
+from abc_plugin.local import ranks
+from abc_plugin.local.in_process import InProcessGroup
+
+HERE = Path(__file__).parents[1] / "support"
+LAUNCHED = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501"}
+
+
+def launched(monkeypatch, **variables):
+    for name in ranks.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_the_place_is_the_launchers_or_that_of_one_process(monkeypatch):
+    launched(monkeypatch)
+    assert ranks.place() == (0, 0, 1)
+    launched(monkeypatch, WORLD_SIZE="1", RANK="7")  # left over from something else
+    assert ranks.place() == (0, 0, 1)
+    launched(monkeypatch, **LAUNCHED)
+    assert ranks.place() == (5, 1, 8)
+    launched(monkeypatch, WORLD_SIZE="2", RANK="1")
+    with pytest.raises(UserError, match=r"WORLD_SIZE=2, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set: .*torchrun"):
+        ranks.place()
+
+
+def test_one_process_gets_variables_of_its_own_and_leaves_none_behind(monkeypatch):
+    launched(monkeypatch)
+    with ranks.joined():
+        assert ranks.place() == (0, 0, 1)
+        assert set(ranks.VARIABLES) <= set(os.environ)
+    assert not set(ranks.VARIABLES) & set(os.environ)
+
+
+def gpus(monkeypatch, count):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    return taken
+
+
+def test_each_rank_takes_its_own_gpu(monkeypatch):
+    launched(monkeypatch, **LAUNCHED, LOCAL_WORLD_SIZE="4")
+    taken = gpus(monkeypatch, 4)
+    ranks.take_device()
+    assert taken == [1]
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    launched(monkeypatch, **LAUNCHED, LOCAL_WORLD_SIZE="4")
+    gpus(monkeypatch, 2)
+    with pytest.raises(UserError, match="4 ranks on this machine, but 2 GPUs: start 2"):
+        ranks.take_device()
+
+
+def test_a_port_in_use_is_refused_by_the_rank_that_would_listen(monkeypatch):
+    with socket.socket() as busy:
+        busy.bind(("", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        launched(monkeypatch, **LAUNCHED | {"MASTER_PORT": str(port)})
+        ranks.take_device()
+        launched(monkeypatch, **LAUNCHED | {"MASTER_PORT": str(port), "RANK": "0"})
+        with pytest.raises(UserError, match=f"MASTER_PORT {port} is in use"):
+            ranks.take_device()
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # torchrun itself is listening
+        ranks.take_device()
+
+
+def settings(rollout=8, micro=4, copies=1, train=8, train_micro=2):
+    return Namespace(
+        rollout=Namespace(batch_size=rollout, micro_batch_size=micro, n_samples_per_prompt=copies),
+        train=Namespace(batch_size=train, micro_batch_size=train_micro),
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "prompts", "changes", "message"),
+    [
+        (1, 11, {"micro": 3}, None),  # one rank takes what comes
+        (2, 24, {}, None),
+        (2, 20, {"micro": 2}, None),  # the last rollout has 4
+        (4, 8, {"copies": 2}, None),
+        (
+            1,
+            8,
+            {"train_micro": 3},
+            "--train.batch_size 8 is no multiple of --train.micro_batch_size 3: make it one of 3",
+        ),
+        (3, 24, {"train_micro": 4}, "--train.micro_batch_size 4 on 3 ranks: make it one of 12"),
+        (
+            4,
+            8,
+            {},
+            "4 ranks cannot share out in batches of --rollout.micro_batch_size 4: --rollout.micro_batch_size 2",
+        ),
+        (2, 6, {}, "a rollout has 6 completions (6 prompts, --rollout.n_samples_per_prompt 1), which 2 ranks"),
+        (2, 19, {}, "the last rollout of an episode has 3 completions (3 prompts, --rollout.n_samples_per_prompt 1)"),
+        (2, 19, {}, "--data.max_samples 16 leaves that rollout out"),
+        (
+            8,
+            4,
+            {"rollout": 4, "train": 16},
+            "which 8 ranks cannot share out in batches of --rollout.micro_batch_size 4",
+        ),
+        (8, 4, {"rollout": 4, "train": 16}, "start 4, or change the batch"),
+    ],
+)
+def test_ranks_share_every_batch_evenly_or_are_refused(monkeypatch, size, prompts, changes, message):
+    launched(monkeypatch, **LAUNCHED | {"WORLD_SIZE": str(size), "RANK": "0"})
+    if message is None:
+        ranks.check_batches(settings(**changes), prompts)
+        return
+    with pytest.raises(UserError) as refused:
+        ranks.check_batches(settings(**changes), prompts)
+    assert message in str(refused.value)
+
+
+def test_evaluation_by_several_processes_is_refused(tiny, tmp_path, capsys, monkeypatch):
+    launched(monkeypatch, **LAUNCHED)
+    words = as_words(run_settings(tiny, tmp_path) | {"out": tmp_path / "samples.jsonl"})
+    assert cli.main(["evaluate", *words]) == 2
+    assert "abc-rlhf evaluate runs in one process, but WORLD_SIZE=8" in capsys.readouterr().err
+
+
+class Worker:
+    """Stands for a worker of the host."""
+
+    def __init__(self, world_size, rank, address, port):
+        self.rank = rank
+        self.seen = []
+        os.environ["LOCAL_RANK"] = "0"  # as the host's does
+
+    def execute_batch(self, method_name, batch, start, end):
+        return [getattr(self, method_name)(item) for item in batch["item"][start:end]]
+
+    def change(self, item):
+        item.append(self.rank)
+        self.seen.append(item)
+        return item
+
+    def own(self, add):
+        return self.rank + add
+
+
+def use_group(rank):
+    """What one of two ranks sees of a group."""
+    os.environ |= LAUNCHED | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    group = InProcessGroup(1, 2, Worker)
+    items = [[number] for number in range(4)]
+    results = group.async_run_method_batch("change", item=items)
+    with pytest.raises(RuntimeError, match="3 batches of change for 2 ranks"):
+        group.async_run_method_batch("change", item=items[:3])
+    return {
+        "results": results,
+        "seen": group.worker.seen,
+        "items": items,
+        "own": group.async_run_method("own", add=10),
+        "local": os.environ["LOCAL_RANK"],
+        "timed": sorted(group.seconds),
+    }
+
+
+def test_a_group_shares_out_a_batch_and_every_rank_sees_all_results(tmp_path):
+    for rank, saw in enumerate(spawn(use_group, 2, tmp_path)):
+        assert saw["results"] == [[[0, 0], [1, 0]], [[2, 1], [3, 1]]]
+        assert saw["seen"] == [[[0, 0], [1, 0]], [[2, 1], [3, 1]]][rank]
+        assert saw["items"] == [[0], [1], [2], [3]]  # workers got copies, as from Ray
+        assert saw["own"] == [10, 11]
+        assert saw["local"] == str(rank)
+        assert saw["timed"] == ["change", "own"]
+
+
+class Hungry(Worker):
+    def forward(self, item):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    def fit(self):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    def save(self):
+        raise RuntimeError("something else")
+
+
+def test_out_of_memory_names_the_flag_that_lowers_it(monkeypatch):
+    launched(monkeypatch, **LAUNCHED | {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"})
+    group = InProcessGroup(1, 1, Hungry)
+    with pytest.raises(
+        UserError, match="out of memory while scoring the rollout: try a smaller --rollout.micro_batch"
+    ):
+        group.async_run_method_batch("forward", item=[0])
+    with pytest.raises(
+        UserError, match=r"while training: try a smaller --train.micro_batch_size, .*--ds.load_in_4bit"
+    ):
+        group.async_run_method("fit")
+    with pytest.raises(RuntimeError, match="something else"):
+        group.async_run_method("save")
+
+
+FAILS = """
+import sys
+from abc_plugin import cli
+from abc_plugin.errors import UserError
+from abc_plugin.local import ranks
+import torch.distributed as dist
+
+def main(argv):
+    with ranks.one_voice() as here:
+        print("one voice")
+        if argv == ["late"]:
+            dist.init_process_group("gloo")
+            ranks.gather(here.rank)
+            if here.rank == 0:
+                ranks.gather("waits for ever")
+        raise UserError(f"rank {here.rank} has refused")
+
+cli.OWN_PARSER, cli.COMMANDS = ("fail",), {"fail": ("__main__", "")}
+sys.modules["__main__"].main = main
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize(("when", "who"), [("early", 0), ("late", 1)])
+def test_an_error_is_told_once_and_ends_every_rank(tmp_path, when, who):
+    """Early: by all, before they meet. Late: by one while the other waits for it."""
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS)
+    started = time.time()
+    result = run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, script, "fail", when)
+    assert result.returncode != 0
+    assert time.time() - started < ranks.PATIENCE
+    assert result.stdout.count("one voice") == 1
+    assert [line for line in result.stderr.splitlines() if "has refused" in line] == [
+        f"abc-rlhf: error: rank {who} has refused"
+    ]
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fp32_run")
+DEEPSPEED = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "fp32_run")
+
+
+def train(words, out, tiny, **changes):
+    """A run in float32 of two rollouts, each trained on twice; its standard output."""
+    ours = {
+        "data.max_samples": 16,
+        "train.max_epochs": 2,
+        "reward_shaping": "abc",
+        "shaping.tokenizer_check": "off",
+    }  # the ends may differ
+    flags = as_words(run_settings(tiny, out) | ours | changes)
+    env = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, *map(str, words), "local", *flags]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500, env=env)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def uneven(tiny, tmp_path_factory):
+    """The tiny models with a policy whose responses end after every eighth token, on average."""
+    directory = tmp_path_factory.mktemp("uneven")
+    for name in ("reward_model", "prompts.jsonl"):
+        (directory / name).symlink_to(tiny / name)
+    shutil.copytree(tiny / "policy", directory / "policy")
+    (directory / "policy" / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": list(range(0, 49152, 8))})
+    )
+    return directory
+
+
+# OpenRLHF logs these as means over ranks or micro-batches that weigh the tokens of a short response more.
+BY_SHARE = {"train/policy_loss", "train/values"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "stage", "models", "by_share"), [(DEEPSPEED, 2, "tiny", set()), (TORCHRUN, 3, "uneven", BY_SHARE)]
+)
+def test_two_ranks_train_what_one_rank_trains(request, tmp_path, launcher, stage, models, by_share):
+    """Losses, rewards, credit metrics, KL and weights, to the noise of float32; one rank writes.
+
+    Two ranks have half the training batch each, and so as many updates. Where responses differ in length, a rank whose
+    own have ended does not wait for the other's.
+    """
+    models = request.getfixturevalue(models)
+    if launcher is DEEPSPEED:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            launcher = (*launcher[:2], "--master_port", free.getsockname()[1], *launcher[2:])
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert " s per step (" in train(("-m", "fp32_run"), alone, models, **{"train.micro_batch_size": 8})
+    said = train(launcher, shared, models, **{"ds.zero_stage": stage})
+    assert said.count("loading models") == said.count("done: 2 steps") == 1
+    assert "INFO ppo_trainer" not in said
+    assert (shared / "run.rank1.log").exists()
+    assert len(list((shared / "tensorboard").iterdir())) == 1
+    one, two = scalars(alone), scalars(shared)
+    assert one.keys() == two.keys()
+    assert {"train/timing/score", "train/timing/policy_forward", "train/timing/critic_update"} <= set(two)
+    for name in one:
+        if "timing" not in name and name not in by_share:
+            assert two[name] == pytest.approx(one[name], abs=1e-5, rel=1e-5), name
+    assert (max(one["train/truncated"]) < 1) == bool(by_share)
+    assert max(map(abs, one["train/policy_loss"])) > 0.01
+    assert abs(one["train/kl"][-1]) > 1e-3
+    start, one, two = (weights(path) for path in (models / "policy", alone, shared))
+    assert max((one[name] - start[name]).abs().max() for name in one) > 1e-3
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0)
+
+
+def weights(path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
+
+
+def test_a_step_leaves_its_times_and_starts_anew():
+    from abc_plugin.local import timing
+
+    groups = {"actor": {"forward": 1.5, "fit": 2.0}, "reward": {"forward": 0.5}, "critic": {}}
+    trainer = SimpleNamespace(reference_model_group=None)
+    for name, seconds in groups.items():
+        setattr(trainer, f"{name}_model_group", SimpleNamespace(seconds=seconds))
+    assert timing.take(trainer) == {
+        "timing/score": 0.5,
+        "timing/policy_forward": 1.5,
+        "timing/critic_forward": 0.0,
+        "timing/policy_update": 2.0,
+        "timing/critic_update": 0.0,
+    }
+    assert set(timing.take(trainer).values()) == {0.0}

@@ -1,0 +1,101 @@
+"""``abc-rlhf check-tokenizers``: exit status, report, machine-readable form and bad input."""
+
+import argparse
+import json
+
+import pytest
+from tokenizer_zoo import load
+from transformers import LlamaConfig
+
+from abc_plugin.errors import UserError
+from abc_plugin.text import check
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Directories as of models, without weights: two of one kind, one of another."""
+    base = tmp_path_factory.mktemp("models")
+    for directory, name, rows in (("policy", "gpt2", 50257), ("padded", "gpt2", 50304), ("other", "bert", 30522)):
+        load(name).save_pretrained(base / directory)
+        LlamaConfig(vocab_size=rows).save_pretrained(base / directory)
+    return base
+
+
+def run(*words):
+    parser = argparse.ArgumentParser()
+    check.add_arguments(parser)
+    return check.run(parser.parse_args([str(word) for word in words]))
+
+
+def test_harmless_differences_pass(models, tmp_path, capsys):
+    file = tmp_path / "result.json"
+    assert run(models / "policy", models / "padded", "--json", file) == 0
+    out = capsys.readouterr().out
+    assert "harmless differences only" in out and "embedding rows" in out and "dangerous" not in out
+    answer = json.loads(file.read_text())
+    assert answer["verdict"] == "harmless" and answer["examples"] == []
+    assert {"part": "merges", "verdict": "same", "words": "50000"} in answer["findings"]
+
+
+def test_dangerous_differences_are_shown_with_examples_and_fail(models, tmp_path, capsys):
+    file, data = tmp_path / "result.json", tmp_path / "prompts.jsonl"
+    data.write_text('{"text": "My own prompt"}\n')
+    assert run(models / "policy", models / "other", "--json", file, "--data", data, "--input_key", "text") == 1
+    out = capsys.readouterr().out
+    assert "dangerous differences" in out and "'The film was great.'" in out and "the token '!' has id 0" in out
+    answer = json.loads(file.read_text())
+    assert answer["verdict"] == "dangerous" and answer["texts"] == 72
+    assert answer["examples"][0] == {
+        "text": "The film was great.",
+        "policy": [464, 2646, 373, 1049, 13],
+        "reward_model": [1996, 2143, 2001, 2307, 1012],
+    }
+
+
+def test_text_of_a_prompt_is_not_obeyed_by_the_terminal(models, tmp_path, capsys):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text(json.dumps({"input": "\x1b[31m[red]A"}) + "\n")
+    assert check._printable(repr("\x1b[31m[red]")) == "'\\x1b\\[31m\\[red]'"
+    assert run(models / "policy", models / "other", "--data", data) == 1
+    assert "\x1b[31m" not in capsys.readouterr().out
+
+
+def test_lists_of_messages_are_read_in_the_policys_template():
+    tokenizer = type(load("gpt2"))(vocab={"a": 0}, merges=[])
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ 'go' }}"
+    line = json.dumps({"input": [{"role": "user", "content": "Hi"}]})
+    assert check._prompt(line, "input", tokenizer, "") == "<user>Higo"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: No such file"),
+        ("", "has no prompts"),
+        ("no json\n", "line 1 is no JSON"),
+        ('{"input": "a"}\n{"text": "b"}\n', "line 2 has no key 'input'; set --input_key"),
+        ('{"input": 3}\n', "line 1: '3' is no text"),
+        ('{"input": "\\ud800"}\n', "line 1 has half of a surrogate pair"),
+        ('{"input": [{"role": "user", "content": "Hi"}]}\n', "chat template refuses it"),
+    ],
+)
+def test_bad_prompts_are_refused(models, tmp_path, content, message):
+    data = tmp_path / "prompts.jsonl"
+    if content is not None:
+        data.write_text(content)
+    with pytest.raises(UserError, match=message):
+        run(models / "policy", models / "policy", "--data", data)
+
+
+def test_models_without_a_tokenizer_are_refused(models, tmp_path):
+    with pytest.raises(UserError, match="/missing: no such directory"):
+        run(models / "policy", tmp_path / "missing")
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    with pytest.raises(UserError, match="llama has no usable tokenizer"):
+        run(tmp_path / "llama", models / "policy")
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match="gpt2 has no tokenizer files, only a configuration"):
+        run(models / "policy", tmp_path / "gpt2")
+    with pytest.raises(UserError, match="cannot be written: No such file"):
+        run(models / "policy", models / "policy", "--json", tmp_path / "none" / "result.json")

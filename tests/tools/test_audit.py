@@ -1,0 +1,238 @@
+"""The audit on reward models whose score is known (audit_models.py): what it must find, resuming, bad input."""
+
+import json
+from types import SimpleNamespace
+
+import audit_models
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from abc_plugin.cli import main
+from abc_plugin.config import ShapingConfig
+from abc_plugin.credit import methods as registry
+from abc_plugin.errors import UserError
+from abc_plugin.tools.audit import command
+from abc_plugin.tools.audit.measure import credit_of, curves, removal_order
+from abc_plugin.tools.audit.results import Results
+from abc_plugin.tools.audit.reward_model import RewardModel
+from abc_plugin.tools.audit.shares import PLACES
+
+OUTPUTS = ["agreement.png", "audit.html", "audit.json", "completions.jsonl", "curves.png", "heads.png", "shares.png"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Reward models whose last token attends to all words alike, to those that count, and to those that do not."""
+    directory = tmp_path_factory.mktemp("audit")
+    for name, attends in (("even", 0.0), ("attentive", 3.0), ("blind", -3.0)):
+        audit_models.save_reward_model(directory / name, attends)
+    audit_models.write_completions(directory / "good.jsonl", words=("good", "fine"))
+    audit_models.write_completions(directory / "mixed.jsonl")
+    return directory
+
+
+def words(made, out, model="even", data="mixed", *more):
+    flags = {"--reward.model_name_or_path": made / model, "--data": made / f"{data}.jsonl", "--out": out}
+    return ["audit", *(str(word) for pair in flags.items() for word in pair), *more]
+
+
+def audit(made, out, *args):
+    assert main(words(made, out, *args)) == 0
+    return json.loads((out / "audit.json").read_text(encoding="utf-8"))
+
+
+def refused(capsys, arguments):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("abc-rlhf: error: ")
+    return error
+
+
+def test_scores_effects_and_gradients_are_exact(made):
+    """Even attention: the score is 4 · mean value, so all is worked by hand."""
+    model = RewardModel(str(made / "even"), needs=frozenset({"attention", "gradient", "prefix"}))
+    ids = audit_models.make_tokenizer()("w1 w2 good w3 bad w4 fine .").input_ids
+    look = model.look(ids)
+    assert look.score == pytest.approx(4 * 0.6 / 8, abs=1e-6)
+    assert look.rows_LHS == pytest.approx(torch.full((1, 1, 8), 1 / 8), abs=1e-6)
+    values = [0, 0, 1, 0, -1, 0, 0.6, 0]
+    assert look.gradient_S.tolist() == pytest.approx([4 * value / 8 for value in values], abs=1e-5)
+    assert look.evidence["gradient"].tolist() == pytest.approx(look.gradient_S.tolist(), abs=1e-6)
+    assert look.evidence["prefix"][:4].tolist() == pytest.approx([0, 0, 4 / 3, 1], abs=1e-5)
+    without = model.scores([ids[:t] + ids[t + 1 :] for t in range(8)])
+    assert without == pytest.approx([4 * (0.6 - value) / 7 for value in values], abs=1e-5)
+    model.close()
+
+
+def test_the_score_is_that_of_the_checkpoint_and_normalised_where_asked(made, tmp_path):
+    ids = torch.tensor([audit_models.make_tokenizer()("w1 good w2 fine .").input_ids])
+    stock = AutoModelForSequenceClassification.from_pretrained(made / "attentive")
+    expected = stock(ids).logits.item()
+    audit_models.save_reward_model(tmp_path, 3.0)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"mean": 0.25, "std": 2.0}))
+    plain, normalised = (RewardModel(str(tmp_path), normalise=normalise) for normalise in (False, True))
+    assert plain.scores(ids.tolist()) == pytest.approx([expected], abs=1e-6)
+    assert normalised.scores(ids.tolist()) == pytest.approx([(expected - 0.25) / 2.0], abs=1e-6)
+
+
+def test_it_finds_the_tokens_that_count_and_no_merit_in_chance(made, tmp_path, capsys):
+    """The score depends on two words of each completion; even attention says nothing about them."""
+    result = audit(made, tmp_path / "out", "even", "mixed")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == OUTPUTS
+    methods = result["methods"]
+    assert set(methods) == {"abc", "grad_input", "none", "prefix", "uniform", "random", "recency", "leave_one_out"}
+    assert methods["leave_one_out"]["spearman"]["mean"] == pytest.approx(1.0)
+    assert methods["grad_input"]["spearman"]["low"] > 0.8
+    assert methods["grad_input"]["gradient_pearson"]["mean"] == pytest.approx(1.0, abs=1e-4)
+    assert methods["grad_input"]["separation"]["low"] > 0
+    assert methods["random"]["spearman"]["low"] < 0 < methods["random"]["spearman"]["high"]
+    assert methods["uniform"]["spearman"] is None and methods["uniform"]["entropy"]["mean"] == pytest.approx(1.0)
+    assert methods["abc"]["spearman"] is None
+    assert methods["none"]["last"]["mean"] == 1.0 and methods["none"]["punctuation"]["mean"] == 1.0
+    assert result["advice"][0].startswith("ABC credit orders no tokens")
+    for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()[1:]:
+        record = json.loads(line)
+        first = max(range(9), key=lambda t: abs(record["effect"][t]))
+        assert record["tokens"][first].strip() in audit_models.VALUES
+    assert "grad_input" in capsys.readouterr().out
+
+
+def test_attention_to_the_tokens_that_count_is_found_better(made, tmp_path, capsys):
+    result = audit(made, tmp_path, "attentive", "good", "--methods", "abc", "uniform", "none")
+    assert result["advice"][0].startswith("ABC credit of this model is better than uniform: it follows")
+    separation = {name: result["methods"][name]["separation"]["mean"] for name in ("abc", "leave_one_out")}
+    assert separation["abc"] == pytest.approx(separation["leave_one_out"], rel=0.01)
+    assert result["heads"]["carrying"] == [[0, 0]] and result["heads"]["against"] == []
+    assert result["heads"]["layer"]["layer"] == 0
+    own = {name: result["methods"]["abc"][name]["mean"] for name in PLACES}  # of the one layer's one head
+    for name, value in own.items():
+        assert result["heads"]["shares_LH"][name] == [[pytest.approx(value, abs=1e-4)]], name
+        assert result["heads"]["shares_L"][name] == [pytest.approx(value, abs=1e-4)], name
+    assert own["last"] == own["punctuation"] < 1 / 9 and own["entropy"] < 0.95  # the full stop gets little
+    assert "audit.html" in capsys.readouterr().out
+
+
+def test_attention_to_the_other_tokens_is_found_worse(made, tmp_path):
+    """Attention shuns the words that raise the score, so its credit runs against their effects."""
+    result = audit(made, tmp_path, "blind", "good", "--methods", "abc")
+    assert result["methods"]["abc"]["spearman"]["high"] < 0
+    assert result["advice"][0].startswith("ABC credit of this model is worse than uniform")
+    assert result["heads"]["against"] == [[0, 0]]
+
+
+def test_a_killed_audit_goes_on_and_ends_with_identical_files(made, tmp_path, monkeypatch, capsys):
+    audit(made, tmp_path / "whole", "attentive")
+    stop, measure = tmp_path / "killed", command.measure
+    calls = []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(command, "measure", killed)
+    assert main(words(made, stop, "attentive")) == 130
+    written = stop / "completions.jsonl"
+    assert len(written.read_bytes().splitlines()) == 4  # the configuration and three completions
+    with written.open("a") as file:
+        file.write('{"row": 4, "prompt": "w')  # a kill in the midst of a line
+    audit(made, stop, "attentive")
+    assert len(calls) == 4 + 13
+    for name in OUTPUTS:
+        if name != "audit.html":  # whose footer holds the command, with --out
+            assert (stop / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    pages = [(path / "audit.html").read_text().replace(str(path), "OUT") for path in (stop, tmp_path / "whole")]
+    assert pages[0] == pages[1]
+
+
+def test_results_of_another_configuration_are_refused_and_kept(made, tmp_path, capsys):
+    audit(made, tmp_path, "attentive", "good", "--methods", "abc")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for change, name in (
+        (words(made, tmp_path, "attentive", "good", "--methods", "uniform"), "methods"),
+        (words(made, tmp_path, "attentive", "mixed", "--methods", "abc"), "completions"),
+        (words(made, tmp_path, "blind", "good", "--methods", "abc"), "model"),
+        (words(made, tmp_path, "attentive", "good", "--methods", "abc", "--shaping.drop", "sinks"), "drop"),
+    ):
+        error = refused(capsys, change)
+        assert f"another configuration ({name}: " in error and "choose another --out" in error
+    written = tmp_path / "completions.jsonl"
+    written.write_bytes(before[written].replace(b'"format": 2, ', b"", 1))  # as earlier versions began it
+    error = refused(capsys, words(made, tmp_path, "attentive", "good", "--methods", "abc"))
+    assert "was written by another version of the audit" in error and "choose another --out" in error
+    written.write_bytes(before[written])
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_outputs_without_their_results_are_refused(tmp_path):
+    (tmp_path / "audit.html").write_text("mine")
+    with pytest.raises(UserError, match="holds audit.html but no completions.jsonl"):
+        Results(tmp_path, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["audit.html"]
+    (tmp_path / "audit.html").unlink()
+    (tmp_path / "completions.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
+    with pytest.raises(UserError, match="is not an audit's"):
+        Results(tmp_path, {})
+    assert (tmp_path / "completions.jsonl").read_text() == '{"prompt": "p", "completion": "c"}\n'
+
+
+def test_prefix_credit_leaves_the_prompts_own_score_out(made, tmp_path):
+    """By hand: the score is 4 · the mean value of the text so far, the prompt's own 4 / 2."""
+    model = RewardModel(str(made / "even"), needs=frozenset({"prefix"}))
+    ids = audit_models.make_tokenizer()("good w1 w2 bad .").input_ids
+    for length, scores in ((2, [2, 4 / 3, 0, 0]), (1, [4, 2, 4 / 3, 0, 0])):  # of the prompt, and then
+        completion = SimpleNamespace(
+            prompt_ids=ids[:length], ids=ids[length:], special=[False] * (len(ids) - length), row=1
+        )
+        [empty] = model.scores([completion.prompt_ids])
+        credit_T = credit_of(registry.load("prefix"), completion, model.look(ids), empty, ShapingConfig())
+        steps = [after - before for before, after in zip(scores, scores[1:], strict=False)]
+        assert credit_T.tolist() == pytest.approx(steps, abs=1e-5)
+    model.close()
+
+
+def test_dropped_heads_and_floors_are_those_of_training(made, tmp_path):
+    result = audit(made, tmp_path, "attentive", "good", "--methods", "abc", "none", "--shaping.drop", "sinks")
+    assert result["methods"]["abc"]["last"]["mean"] == 0.0
+    assert result["methods"]["none"]["last"]["mean"] == 0.0  # its only token is dropped: uniform over the others
+
+
+def test_memory_that_runs_out_halves_the_batch(made, monkeypatch):
+    model = RewardModel(str(made / "even"))
+    sequences = [[3 + i % 4] * (1 + i % 7) for i in range(40)]
+    expected, sizes, score = model.scores(sequences), [], model._scores
+
+    def small(batch):
+        sizes.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return score(batch)
+
+    monkeypatch.setattr(model, "_scores", small)
+    assert model.scores(sequences) == pytest.approx(expected, abs=1e-6)
+    assert sizes[0] == 40 and sizes[-1] <= 3
+    monkeypatch.setattr(model, "_scores", lambda batch: (_ for _ in ()).throw(RuntimeError("another fault")))
+    with pytest.raises(RuntimeError, match="another fault"):
+        model.scores(sequences)
+
+
+def test_curves_by_hand():
+    """A score that is the sum of the ids: ten tokens, removed one by one."""
+    model = SimpleNamespace(scores=lambda sequences: [float(sum(ids)) for ids in sequences])
+    completion = SimpleNamespace(prompt_ids=[100], ids=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10], row=1)
+    credit = {"right": torch.arange(10.0), "signed": torch.tensor([-1.0, 1, 0, 0, 0, 0, 0, 0, 0, 0])}
+    drawn = curves(model, completion, credit, whole=155.0, empty=100.0)
+    assert drawn["right"]["highest"] == [155, 145, 136, 128, 121, 115, 110, 106, 103, 101, 100]
+    assert drawn["right"]["lowest"] == [155, 154, 152, 149, 145, 140, 134, 127, 119, 110, 100]
+    assert drawn["signed"]["highest"][:2] == [155, 153] and drawn["signed"]["lowest"][:2] == [155, 154]
+
+
+def test_equal_credit_is_removed_in_random_order():
+    orders = [removal_order(torch.zeros(6), seed) for seed in range(200)]
+    assert all(sorted(order) == list(range(6)) for order in orders)
+    first = [order[0] for order in orders]
+    assert all(15 <= first.count(token) <= 55 for token in range(6))  # 33 expected
+    assert removal_order(torch.tensor([0.0, 2.0, -1.0]), 0) == [1, 0, 2]

@@ -1,0 +1,200 @@
+"""What an audit reads, and what it refuses by name."""
+
+import json
+
+import audit_models
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaConfig, LlamaModel
+
+from abc_plugin.cli import main
+from abc_plugin.errors import UserError
+from abc_plugin.tools.audit import reward_model
+from abc_plugin.tools.audit.completions import Reading, is_punctuation, read
+from abc_plugin.tools.audit.reward_model import RewardModel
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return audit_models.make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    return audit_models.save_reward_model(tmp_path_factory.mktemp("model"))
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def rows(count=12, **fields):
+    return [{"prompt": f"w{i % 12} w1", "completion": "w2 good ."} | fields for i in range(count)]
+
+
+def test_prompt_and_completion_become_ids(tmp_path, tokenizer):
+    [first, *_] = read(write(tmp_path / "d", rows()), tokenizer, Reading(), 32)
+    assert (first.row, first.prompt) == (1, "w0 w1")
+    assert tokenizer.convert_ids_to_tokens(first.prompt_ids + first.ids) == ["w0", "w1", "w2", "good", "."]
+    assert first.punctuation == [False, False, True] and first.special == [False] * 3
+
+
+def test_eos_is_appended_where_it_lacks(tmp_path, tokenizer):
+    records = rows(11) + [{"prompt": "w11 w1", "completion": "w2 good <eos>"}]
+    chosen = read(write(tmp_path / "d", records), tokenizer, Reading(append_eos=True), 32)
+    assert all(completion.ids[-1] == tokenizer.eos_token_id and completion.special[-1] for completion in chosen)
+    assert {len(completion.ids) for completion in chosen[:-1]} == {4} and len(chosen[-1].ids) == 3
+
+
+def test_whole_texts_are_split(tmp_path, tokenizer):
+    records = [{"text": f"w{i} w1 w3 good fine ."} for i in range(12)]
+    reading = Reading(completion_key="text", split=2)
+    [first, *_] = read(write(tmp_path / "d", records), tokenizer, reading, 32)
+    assert first.prompt == "w0 w1" and tokenizer.convert_ids_to_tokens(first.ids) == ["w3", "good", "fine", "."]
+
+
+def test_samples_of_evaluate_and_chats_are_read(tmp_path, tokenizer):
+    records = [
+        {"prompt": f"w{i}", "tokens": ["w2", " good", " ."], "credit": [1, 0, 0], "reward": 1} for i in range(12)
+    ]
+    [first, *_] = read(write(tmp_path / "d", records), tokenizer, Reading(), 32)
+    assert tokenizer.convert_ids_to_tokens(first.ids) == ["w2", "good", "."]
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn['content'] }} w7{% endfor %}"
+    records = [{"prompt": [{"role": "user", "content": f"w{i}"}], "completion": "w2 good ."} for i in range(12)]
+    [first, *_] = read(write(tmp_path / "d", records), tokenizer, Reading(), 32)
+    tokenizer.chat_template = None
+    assert first.prompt == "w0 w7"
+
+
+def test_samples_are_spread_over_the_file(tmp_path, tokenizer):
+    chosen = read(write(tmp_path / "d", rows(100)), tokenizer, Reading(samples=20), 32)
+    assert [completion.row for completion in chosen] == list(range(1, 100, 5))
+
+
+def test_punctuation():
+    assert is_punctuation(" .") and is_punctuation("...") and is_punctuation("$")
+    assert not is_punctuation(" a.") and not is_punctuation(" ") and not is_punctuation("")
+
+
+@pytest.mark.parametrize(
+    ("text", "reading", "message"),
+    [
+        ("", {}, "is empty"),
+        ("nonsense\n", {}, ":1: not JSON"),
+        ("[1]\n", {}, ":1: no JSON object but list"),
+        ('{"prompt": "w1"}\n', {}, ":1: no key 'completion', only prompt; --prompt_key and --completion_key name"),
+        ('{"prompt": "w1", "completion": "w2"}\n', {"prompt_key": "q"}, "no key 'q', only prompt, completion"),
+        ('\n{"prompt": "w1", "completion": ""}\n', {}, ":2: the completion is empty"),
+        ('{"prompt": "", "completion": "w2 w3"}\n', {}, ":1: the prompt is empty"),
+        ('{"prompt": "w1", "completion": 3}\n', {}, "completion is no text but '3'"),
+        ('{"prompt": 3, "completion": "w1"}\n', {}, "the prompt is no text"),
+        ('{"completion": "w1 w2"}\n', {"split": 2}, "the completion is empty"),
+        (json.dumps({"prompt": "w1", "completion": "w2 " * 32}), {}, ":1: 33 tokens, but .* reads at most 32"),
+        ('{"prompt": "w1", "completion": "w2 w3 w4"}\n' * 50, {}, "to 1 different prompts are too few"),
+        ('{"prompt": "w1", "completion": "w2 w3"}\n' * 50, {}, "to 0 different prompts .* at least 10 such"),
+    ],
+)  # fmt: skip
+def test_bad_data_is_named(text, reading, message, tmp_path, tokenizer):
+    (tmp_path / "data").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message) as caught:
+        read(tmp_path / "data", tokenizer, Reading(**reading), 32)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_data_that_is_no_text_or_not_there(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="No such file"):
+        read(tmp_path / "none", tokenizer, Reading(), 32)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="is not UTF-8"):
+        read(tmp_path / "binary", tokenizer, Reading(), 32)
+
+
+def command(tmp_path, model_path, *more):
+    data = write(tmp_path / "data.jsonl", rows())
+    words = {"--reward.model_name_or_path": model_path, "--data": data, "--out": tmp_path / "out"}
+    return ["audit", *(str(word) for pair in words.items() for word in pair), *more]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--methods", "abcd"], "'abcd' is not registered"),
+        (["--methods", "abc_d"], "--methods abc_d needs policy, which a reward model alone does not give"),
+        (["--samples", "0"], "give at least 1"),
+        (["--samples", "9"], "9 different prompts are too few"),
+        (["--split", "0"], "give at least 1"),
+        (["--shaping.layer", "7"], "layer 7 is out of range"),
+        (["--shaping.heads", "1"], "--shaping.heads 1: the layer has 1 heads"),
+        (["--ds.value_head_prefix", "value_head"], "has no weight value_head.weight: it is no reward model"),
+        (["--reward.model_name_or_path", "/no/such"], "/no/such: no such directory"),
+        (["--data", "/no/such"], "cannot read --data /no/such"),
+        (["--reward.model_name_or_path", "/a/rm,/b/rm"], "/a/rm,/b/rm: several reward models; audit one at a time"),
+        (["--out", "/dev/null/x"], "cannot write to --out /dev/null/x"),
+    ],
+)
+def test_bad_flags_are_one_line_and_nothing_is_written(more, message, tmp_path, model_path, capsys):
+    assert main(command(tmp_path, model_path, *more)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_head_and_one_with_two_outputs(tmp_path):
+    LlamaModel(LlamaConfig(**{"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+                              "num_attention_heads": 1})).save_pretrained(tmp_path / "base")  # fmt: skip
+    with pytest.raises(UserError, match="has no weight score.weight"):
+        RewardModel(str(tmp_path / "base"))
+    audit_models.save_reward_model(tmp_path / "two", labels=2)
+    with pytest.raises(UserError, match="its head score.weight is no scalar"):
+        RewardModel(str(tmp_path / "two"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="is not a Hugging Face model"):
+        RewardModel(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "gemma3_text"])
+def test_rows_of_every_layer_and_head_of_other_families(family, tmp_path):
+    """Bloom's layers lie outside the attention interface and have no config of their own; gemma3's windows differ."""
+    widths = {"hidden_size": 32, "n_embd": 32, "intermediate_size": 32, "head_dim": 8}
+    config = AutoConfig.for_model(
+        family, vocab_size=40, num_labels=1, num_hidden_layers=2, num_attention_heads=4, **widths
+    )
+    config.num_key_value_heads = 2
+    torch.manual_seed(0)
+    stock = AutoModelForSequenceClassification.from_config(config).eval()
+    stock.save_pretrained(tmp_path)
+    model = RewardModel(str(tmp_path), needs=frozenset({"attention", "prefix", "gradient"}))
+    look = model.look(list(range(5, 16)))
+    assert look.score == pytest.approx(stock(torch.tensor([list(range(5, 16))])).logits.item(), abs=1e-5)
+    assert look.rows_LHS.shape == (2, 4, 11)
+    assert look.rows_LHS.sum(-1) == pytest.approx(torch.ones(2, 4), abs=1e-5)
+    assert look.gradient_S == pytest.approx(look.evidence["gradient"], abs=1e-5)
+    model.close()
+
+
+def test_scores_that_are_not_numbers_end_it_by_row(tmp_path, capsys):
+    model = audit_models.make_reward_model(0.0)
+    model.model.embed_tokens.weight.data[3, 1] = float("nan")  # of "good"
+    model.save_pretrained(tmp_path / "model")
+    audit_models.make_tokenizer().save_pretrained(tmp_path / "model")
+    assert main(command(tmp_path, tmp_path / "model", "--methods", "uniform")) == 2
+    assert "the score of row 1 is nan" in capsys.readouterr().err
+
+
+def test_gradients_of_rounded_weights_are_refused(tmp_path, model_path, monkeypatch, capsys):
+    load = reward_model.load
+
+    def quantised(*args, **kwargs):
+        model = load(*args, **kwargs)
+        model.is_quantized = True
+        return model
+
+    monkeypatch.setattr(reward_model, "load", quantised)
+    assert main(command(tmp_path, model_path)) == 2
+    error = capsys.readouterr().err
+    assert "is a quantised checkpoint, whose kernels need not have a backward pass: audit the unquantised one" in error
+    assert "training with --ds.load_in_4bit quantises itself" in error
+    assert main(command(tmp_path, model_path, "--methods", "abc", "prefix", "uniform")) == 0
+    summary = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert summary["methods"]["prefix"]["gradient"] is None

@@ -1,0 +1,128 @@
+"""``abc-rlhf bench recovery``: measures what it says, on a small model, and says what is wrong with bad input."""
+
+import re
+
+import pytest
+import torch
+from recovery_models import tiny
+
+from abc_plugin.attention.tap import MARK
+from abc_plugin.cli import main
+from abc_plugin.tools.bench import cost
+from abc_plugin.tools.bench.cost import CREDIT, EAGER, PLAIN, RERUN, VARIANTS, Cost, measure
+
+
+@pytest.fixture
+def path(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_the_command_prints_each_size_and_draws(path, tmp_path, capsys):
+    png = tmp_path / "cost.png"
+    sizes = ["--tokens", "8", "16", "--batch", "1", "2", "--repeats", "2"]
+    assert main(["bench", "recovery", "--model", path, *sizes, "--png", str(png)]) == 0
+    out = capsys.readouterr().out
+    assert "attention row of layer 2 of 3 (LlamaAttention, sdpa)" in out
+    assert "…" not in out
+    cells = [line.strip().split("  ") for line in out.splitlines() if " MB" in line or "[" in line]
+    assert [row[0] for row in cells[::4]] == ["1 × 8", "1 × 16", "2 × 8", "2 × 16"]
+    assert [row[0] for row in cells if row not in cells[::4]] == [*VARIANTS[1:]] * 4
+    assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 10_000
+
+
+def test_variants_run_what_they_say_and_leave_the_model_as_it_was(monkeypatch):
+    model, seen = tiny(), []
+    model.register_forward_pre_hook(
+        lambda part, args, options: seen.append((part.config._attn_implementation, "output_attentions" in options)),
+        with_kwargs=True,
+    )
+    recorded, inner = [], cost._recorded
+    monkeypatch.setattr(cost, "_recorded", lambda reader, *args: recorded.append((reader, inner(reader, *args))))
+    result = measure(model, batch=2, tokens=8, repeats=3)
+    assert {variant: len(values) for variant, values in result.seconds.items()} == dict.fromkeys(VARIANTS, 3)
+    # of each, two for memory and operations
+    assert seen.count(("sdpa", False)) == 15 and seen.count(("eager", True)) == 5
+    assert [type(reader).__name__ for reader, _ in recorded].count("AttentionTap") == 5
+    assert len(recorded) == 10 and all(row.shape == (2, 8) for _, row in recorded)
+    assert model.config._attn_implementation == "sdpa"
+    attention = model.layers[2].self_attn
+    assert getattr(attention, MARK, None) is None
+    assert not [hook for hook in attention._forward_hooks.values() if hasattr(hook, "__self__")]
+
+
+def test_each_variant_follows_each_other_one_equally_often():
+    pairs = [pair for order in cost.ORDERS for pair in zip(order, order[1:], strict=False)]
+    assert len(set(pairs)) == len(pairs) == 12
+    assert all(sorted(order) == [0, 1, 2, 3] for order in cost.ORDERS)
+
+
+def test_time_ratios_are_paired():
+    result = Cost(1, 8, {PLAIN: [1.0, 10.0, 2.0], CREDIT: [1.1, 11.0, 2.2]}, {PLAIN: 8, CREDIT: 12}, {})
+    assert result.time_ratios(CREDIT) == pytest.approx((1.1, 1.1, 1.1))
+    assert result.memory_ratio(CREDIT) == 1.5
+
+
+def test_peak_memory_counts_what_is_alive_at_once():
+    kept = torch.empty(1000)
+
+    def forward():
+        first = torch.empty(1000)
+        second = torch.empty(2000)  # 12 kB alive
+        del first, second
+        return kept + torch.empty(1000)  # 8 kB
+
+    assert cost.peak_bytes(forward, torch.device("cpu")) == 12_000
+
+
+def test_what_credit_adds_is_linear_in_tokens_and_the_matrices_are_not():
+    """Counted, so exact: 2·B·H·T·D operations, and memory that is gone again before the forward's own peak."""
+    model = tiny(hidden_size=64, intermediate_size=256, head_dim=16)
+    costs = {tokens: measure(model, batch=2, tokens=tokens, repeats=1) for tokens in (256, 512, 1024)}
+    for tokens, result in costs.items():
+        assert result.operations[CREDIT] - result.operations[PLAIN] == 2 * 2 * 4 * tokens * 16
+        assert result.memory_ratio(CREDIT) <= 1.02
+    growth = [costs[1024].peak[variant] / costs[512].peak[variant] for variant in VARIANTS]
+    assert growth[0] == pytest.approx(2, rel=0.05) and growth[1] == pytest.approx(2, rel=0.05)
+    assert growth[2] > 3.5 and growth[3] > 3.5
+    assert costs[1024].memory_ratio(RERUN) < costs[1024].memory_ratio(EAGER)
+
+
+def test_a_model_outside_the_interface_is_measured_by_its_fallback(tmp_path, capsys):
+    tiny("gptj").save_pretrained(tmp_path)
+    assert main(["bench", "recovery", "--model", str(tmp_path), "--tokens", "8", "--repeats", "1"]) == 0
+    assert "GPTJAttention, eager, read from its own weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--repeats", "0"], "at least 1"),
+        (["--batch", "1", "0"], "at least 1"),
+        (["--model", "/no/such"], "/no/such does not load"),
+        (["--tokens", "4", "--repeats", "1", "--png", "/no/such/x.png"], "--png /no/such/x.png cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line(words, message, capsys):
+    assert main(["bench", "recovery", *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and len(error.splitlines()) == 1
+
+
+def test_without_a_measurement_the_command_names_them(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench"])
+    assert "MEASUREMENT" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    said = capsys.readouterr().out
+    assert "recovery" in said and "parity" in said
+
+
+def test_bench_methods_times_every_methods_evidence(tiny, capsys):
+    words = ["--model", str(tiny / "reward_model"), "--tokens", "8", "--repeats", "1"]
+    assert main(["bench", "methods", *words]) == 0
+    said = capsys.readouterr().out
+    for method in ("forward alone", "abc", "prefix", "grad_input", "abc_d", "abc_d2"):
+        assert re.search(rf"^ .*{method} ", said, re.MULTILINE)
+    assert main(["bench", "methods", *words[:2], "--tokens", "0"]) == 2

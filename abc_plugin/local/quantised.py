@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from abc_plugin.errors import UserError
+
+NF4 = BitsAndBytesConfig(  # as OpenRLHF loads its models with --ds.load_in_4bit (models/actor.py and models/model.py)
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.bfloat16,
+)
 
 
 def bitsandbytes() -> ModuleType:

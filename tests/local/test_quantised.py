@@ -7,7 +7,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -15,14 +14,8 @@ from transformers import (
 )
 
 from abc_plugin.local.lora_files import merged_weights
-from abc_plugin.local.quantised import keep_gradients_exact, plain_weight, quantised_layers
+from abc_plugin.local.quantised import NF4, keep_gradients_exact, plain_weight, quantised_layers
 
-NF4 = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.bfloat16,
-)
 MODELS = {  # widths that are multiples of 64, the only ones that bitsandbytes can repack
     "llama": lambda: LlamaForCausalLM(
         LlamaConfig(

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from captum.attr import LayerGradientXActivation
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from abc_plugin.attention import attach
 from abc_plugin.attention.layers import attention_layers, target_layer
-from abc_plugin.attention.positions import score_positions
 from abc_plugin.attention.readers import attach_readers, record, rows
+from abc_plugin.attention.scalar_head import FLAG, load_reward_model
 from abc_plugin.errors import UserError
 
-FLAG = "--reward.model_name_or_path"
 TOKENS = {"cpu": 4096, "cuda": 2**18}  # padded tokens of a forward to begin with; halved where memory runs out
 
 
@@ -59,8 +54,7 @@ class RewardModel:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load(path, head=head, dtype=dtype, normalise=normalise).to(self.device).eval()
-        self.model.config.use_cache = False
+        self.model = load_reward_model(path, head=head, dtype=dtype, normalise=normalise).to(self.device).eval()
         self.gradient = "gradient" in needs
         if self.gradient and getattr(self.model, "is_quantized", False):
             raise UserError(
@@ -163,78 +157,6 @@ class RewardModel:
         return digest.hexdigest()[:16]
 
 
-def load(path: str, *, head: str, dtype: torch.dtype, normalise: bool) -> PreTrainedModel:
-    """The checkpoint at ``path`` as a base model with a scalar head (OpenRLHF: models/model.py, _get_reward_model).
-
-    Raises UserError where there is no model, no head, or a head that is no scalar.
-    """
-    if not Path(path).expanduser().is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise UserError(f"{FLAG} {path}: no such directory")
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{FLAG} {path} is not a Hugging Face model: {str(error).splitlines()[0]}") from None
-    config.normalize_reward = normalise
-    head = getattr(config, "value_head_prefix", head)
-    with _quiet():
-        try:
-            model, report = reward_class(config, head).from_pretrained(
-                path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"{FLAG} {path} does not load: {str(error).splitlines()[0]}") from None
-    if f"{head}.weight" in {name for name, *_ in report["mismatched_keys"]}:
-        raise UserError(f"{FLAG} {path}: its head {head}.weight is no scalar; use a reward model with one output")
-    if f"{head}.weight" in report["missing_keys"]:
-        raise UserError(
-            f"{FLAG} {path} has no weight {head}.weight: it is no reward model, or its scalar head has another name, "
-            "which --ds.value_head_prefix can give"
-        )
-    if lost := sorted(report["missing_keys"]):
-        raise UserError(f"{FLAG} {path} lacks {len(lost)} weights, {lost[0]} among them; save the whole model there")
-    return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' table of loaded keys: what matters of it becomes an error of our own."""
-    before = get_verbosity()
-    set_verbosity_error()
-    disable_progress_bar()
-    try:
-        yield
-    finally:
-        set_verbosity(before)
-
-
 def _out_of_memory(error: BaseException) -> bool:
     """On CUDA a class of its own; the CPU's allocator raises a RuntimeError that says so."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def reward_class(config: Any, head: str) -> type[PreTrainedModel]:
-    """A class of the config's family with OpenRLHF's scalar head.
-
-    score[b] = w · hidden[b, last 1 of mask b], less the mean over the std where the config says normalize_reward
-    """
-    if type(config) not in AutoModel._model_mapping:
-        raise UserError(f"{FLAG}: {type(config).__name__} has no base model in transformers; use one that has")
-    base = AutoModel._model_mapping[type(config)]
-
-    class ScalarReward(base.__base__):
-        def __init__(self, config: Any) -> None:
-            super().__init__(config)
-            setattr(self, self.base_model_prefix, base(config))
-            self.value_head_prefix, self.normalize_reward = head, config.normalize_reward
-            self.mean, self.std = getattr(config, "mean", 0.0), getattr(config, "std", 1.0)
-            setattr(self, head, nn.Linear(config.get_text_config().hidden_size, 1, bias=False))
-            self.post_init()
-
-        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            trunk = getattr(self, self.base_model_prefix)
-            hidden_BSD = trunk(input_ids, attention_mask=attention_mask).last_hidden_state
-            values_BS = getattr(self, head)(hidden_BSD).squeeze(-1)
-            score_B = values_BS.gather(1, score_positions(attention_mask)[:, None]).squeeze(1)
-            return (score_B - self.mean) / self.std if self.normalize_reward else score_B
-
-    return ScalarReward

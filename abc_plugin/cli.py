@@ -37,6 +37,7 @@ COMMANDS = {
     ),
     "bench": ("abc_plugin.tools.bench.command", "what recovering the credit costs, and whether it is exact"),
 }
+DESCRIPTION = "Dense per-token rewards for PPO with OpenRLHF, from the reward model's attention: train, compare, look."
 OWN_PARSER = ("local", "ray", "serve-rm", "evaluate", "study")
 
 
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="abc-rlhf", description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(prog="abc-rlhf", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     wanted = next((word for word in argv if word in COMMANDS), None)

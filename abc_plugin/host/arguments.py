@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
+import functools
 import importlib.util
-import runpy
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
-from unittest import mock
+from types import CodeType, SimpleNamespace
+from typing import Any, NoReturn
 
 from abc_plugin.config import ShapingConfig
 from abc_plugin.errors import UserError
-from abc_plugin.host.imports import optional_packages
 from abc_plugin.local.ranks import place
 
 CLI = "openrlhf.cli.train_ppo_ray"
@@ -30,43 +32,62 @@ ONE_PROCESS = {
 }
 
 
-class _Parsed(BaseException):
-    """Carries the parsed arguments out of the host's script."""
-
-
-def _refuse(parser: ArgumentParser, message: str) -> None:
-    raise UserError(f"{message} (flags are OpenRLHF's: {parser.prog} --help)")
-
-
-def _stop_at_train() -> None:
-    raise _Parsed(sys._getframe(1).f_locals["args"])
-
-
 def parse(argv: list[str], command: str = "local") -> Namespace:
-    """Run the host's script up to its ``train(args)`` and return ``args``, validated and nested as there.
+    """``args`` as the host's script hands them to its ``train(args)``: validated, and nested as there.
 
     ``command`` stands for the program's name in help and errors.
 
-    The parser is not importable: it stands under ``if __name__ == "__main__"``. The first thing ``train`` does is to
-    ask whether Ray is up; that is where it is stopped.
-    Raises UserError for what the host's script refuses.
+    The parser is not importable: it stands under ``if __name__ == "__main__"``, below imports of the whole training
+    stack. So only that block is run, from the line that makes the parser (a patched host asks its plugins before), and
+    with names of our own for ``argparse.ArgumentParser`` and ``train``. ``--help`` ends there, before any import.
+    Raises UserError for what the host's script refuses, and when it is not installed.
     """
-    with (
-        mock.patch("ray.is_initialized", _stop_at_train),
-        mock.patch.object(sys, "argv", [f"abc-rlhf {command}", *argv]),
-        mock.patch.object(ArgumentParser, "error", _refuse),
-        mock.patch("abc_plugin.host.install.openrlhf_plugin"),  # a patched host calls it, also for its parser
-        optional_packages(),
-    ):
-        try:
-            runpy.run_path(importlib.util.find_spec(CLI).origin, run_name="__main__")
-        except _Parsed as parsed:
-            return parsed.args[0]
-        except Exception as error:  # assertions, and what the script trips over when a value makes no sense
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            hint = " (one process runs without vLLM engines)" if command == "local" else ""
-            raise UserError(f"OpenRLHF refused the flags: {reason}{hint}") from None
-    raise RuntimeError(f"{CLI} ended without calling train(args): this OpenRLHF version is not supported")
+    if importlib.util.find_spec("openrlhf") is None:
+        raise UserError("not installed: openrlhf; run bash launch/environment.sh, or pip install it")
+
+    class Parser(argparse.ArgumentParser):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options | {"prog": f"abc-rlhf {command}"})
+
+        def parse_args(self) -> Namespace:
+            return super().parse_args(argv)
+
+        def error(self, message: str) -> NoReturn:
+            raise UserError(f"{message} (flags are OpenRLHF's: {self.prog} --help)")
+
+    trained: list[Namespace] = []
+    names = {"argparse": SimpleNamespace(**vars(argparse) | {"ArgumentParser": Parser}), "train": trained.append}
+    try:
+        exec(_parsing_code(), names)
+    except UserError:
+        raise
+    except Exception as error:  # assertions, and what the script trips over when a value makes no sense
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        hint = " (one process runs without vLLM engines)" if command == "local" else ""
+        raise UserError(f"OpenRLHF refused the flags: {reason}{hint}") from None
+    if not trained:
+        raise RuntimeError(f"{CLI} ended without calling train(args): this OpenRLHF version is not supported")
+    return trained[0]
+
+
+@functools.cache
+def _parsing_code() -> CodeType:
+    """The host's script from ``parser = argparse.ArgumentParser()`` to its end, after its imports of Python's own."""
+    path = importlib.util.find_spec(CLI).origin
+    script = ast.parse(Path(path).read_text(encoding="utf-8"), path)
+    imports = [
+        node
+        for node in script.body
+        if (isinstance(node, ast.Import) and all(_is_own(alias.name) for alias in node.names))
+        or (isinstance(node, ast.ImportFrom) and _is_own(node.module))
+    ]
+    block = next(node.body for node in reversed(script.body) if isinstance(node, ast.If))
+    start = next(at for at, node in enumerate(block) if isinstance(node, ast.Assign))
+    return compile(ast.Module([*imports, *block[start:]], type_ignores=[]), path, "exec")
+
+
+def _is_own(module: str) -> bool:
+    return module in sys.stdlib_module_names and module != "argparse"
 
 
 def parse_for_one_process(argv: list[str], shaping: ShapingConfig) -> tuple[Namespace, list[str]]:

@@ -11,7 +11,7 @@ from transformers import AutoModel, LlamaConfig, Qwen3Config
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from abc_plugin.attention import attach
-from abc_plugin.attention.rerun import rerun_eager_row, rerun_eager_rows
+from abc_plugin.attention.matrix import rerun_eager_row, rerun_eager_rows
 from abc_plugin.cli import main
 from abc_plugin.tools.bench.cost import CREDIT, PLAIN, measure
 from abc_plugin.tools.bench.cpu_flash import flash_kernels, use_implementation

@@ -1,4 +1,4 @@
-"""Which layer: the attention modules of a model, and the one that the setting ``layer`` names."""
+"""Models and their layers: unwrapped, made without weights, and the layer that the setting ``layer`` names."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import inspect
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from abc_plugin.errors import UserError
 
@@ -55,6 +56,32 @@ def model_name(model: Any) -> str:
     return type(pretrained(model)).__name__
 
 
+def skeleton(
+    config: PretrainedConfig,
+    implementation: str | None = None,
+    *,
+    name: str = "the model",
+    runs_here: bool = True,
+    auto: Any = AutoModel,
+) -> PreTrainedModel:
+    """A model of this structure without weights, on the meta device, to be asked for its layers and readers.
+
+    implementation: of the attention, None for transformers' choice.  name: what errors call the model, e.g. its flag
+    and path.  runs_here: whether this machine will run it, so that the implementation's package must be installed.
+    auto: the transformers class that makes it.  Raises UserError where transformers cannot make it.
+    """
+    made = implementation if runs_here else "eager"
+    try:
+        with torch.device("meta"):
+            model = auto.from_config(config, attn_implementation=made, trust_remote_code=True)
+    except (ValueError, ImportError) as error:
+        reason = str(error).split(". ")[0]
+        raise UserError(f"{name} does not run under --ds.attn_implementation {implementation}: {reason}") from None
+    if implementation is not None:
+        model.config._attn_implementation = implementation
+    return model
+
+
 def attention_layers(model: Any, *, outside: bool = False) -> dict[int, nn.Module]:
     """The attention modules that a forward runs, by layer index, ascending.
 
@@ -65,32 +92,53 @@ def attention_layers(model: Any, *, outside: bool = False) -> dict[int, nn.Modul
     name, config = model_name(model), getattr(pretrained(model), "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{name} is an encoder-decoder, whose score has no single attention row; {REMEDY}")
-    found: dict[int, nn.Module] = {}
+    layers: dict[int, nn.Module] = {}
     for part in unwrap(model).modules():
         index = getattr(part, "layer_idx", None)
         if outside and type(part).__name__ in OUTSIDE:
-            index = len(found) if index is None else index
+            index = len(layers) if index is None else index
         elif index is None or "Attention" not in type(part).__name__ or not hasattr(part, "config"):
             continue
         if type(part).__name__ in UNSOUND:
             raise UserError(f"{name} is not supported: {UNSOUND[type(part).__name__]}; {REMEDY}")
         if index >= _layers_run(part, config):
             continue
-        if index in found:
+        if index in layers:
             raise UserError(f"{name} has two attention modules in layer {index}; use a decoder-only model")
-        found[index] = part
-    if not found:
+        layers[index] = part
+    if not layers:
         raise UserError(f"{name} is not supported: it has no attention module of transformers' usual form; {REMEDY}")
-    return dict(sorted(found.items()))
+    return dict(sorted(layers.items()))
 
 
 def _layers_run(attention: nn.Module, config: Any) -> int:
     return getattr(attention, "config", config).num_hidden_layers
 
 
-def reaches(attention: nn.Module) -> bool:
+def forward_code(attention: nn.Module) -> Any:
+    """The function that the module's class runs, without decorators."""
+    return inspect.unwrap(type(attention).forward)
+
+
+def uses_interface(attention: nn.Module) -> bool:
     """Whether the module calls its attention function through transformers' attention interface."""
-    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(attention).forward).__code__.co_names
+    return "ALL_ATTENTION_FUNCTIONS" in forward_code(attention).__code__.co_names
+
+
+def is_flash(implementation: str | None) -> bool:
+    """Whether an attention implementation is flash attention on whole sequences.
+
+    Kernels of the hub, such as "kernels-community/flash-attn", are; those on a paged cache, "paged|…", are not.
+    """
+    return implementation is not None and "flash" in implementation and "|" not in implementation
+
+
+def check_implementation(implementation: str | None, config: Any, model: str) -> None:
+    """UserError where the row of a model under this implementation would not be that of its attention."""
+    if implementation not in ("eager", "sdpa") and not is_flash(implementation):
+        raise UserError(f"attention {implementation!r} of {model} is not supported; use sdpa or flash_attention_2")
+    if implementation == "sdpa" and getattr(config, "attn_logit_softcapping", None) is not None:
+        raise UserError(f"{model} is not supported under sdpa, which drops its softcap; use flash_attention_2")
 
 
 def is_full(attention: nn.Module) -> bool:
@@ -113,18 +161,18 @@ def target_layer(model: Any, layer: str = "last_full", *, outside: bool = False)
     Raises UserError when the index is out of range or the layer has no single softmax attention, and as
     ``attention_layers`` does.
     """
-    found = attention_layers(model, outside=outside)
-    total = _layers_run(next(iter(found.values())), getattr(pretrained(model), "config", None))
+    layers = attention_layers(model, outside=outside)
+    total = _layers_run(next(iter(layers.values())), getattr(pretrained(model), "config", None))
     if layer in ("last_full", "last"):
-        full = [index for index, part in found.items() if is_full(part)]
+        full = [index for index, part in layers.items() if is_full(part)]
         if layer == "last_full" and not full:
             warnings.warn(
-                f"{model_name(model)} has no layer with full attention: layer {max(found)} is read, and tokens "
+                f"{model_name(model)} has no layer with full attention: layer {max(layers)} is read, and tokens "
                 "outside its window get no credit",
                 stacklevel=2,
             )
-        index = full[-1] if layer == "last_full" and full else max(found)
-        return found[index], index, total
+        index = full[-1] if layer == "last_full" and full else max(layers)
+        return layers[index], index, total
     try:
         index = int(layer)
     except ValueError:
@@ -132,6 +180,8 @@ def target_layer(model: Any, layer: str = "last_full", *, outside: bool = False)
     if not -total <= index < total:
         raise UserError(f"layer {layer} is out of range: {model_name(model)} has {total} layers, 0 to {total - 1}")
     index %= total
-    if index not in found:
-        raise UserError(f"layer {layer} of {model_name(model)} has no softmax attention; layers with: {sorted(found)}")
-    return found[index], index, total
+    if index not in layers:
+        raise UserError(
+            f"layer {layer} of {model_name(model)} has no softmax attention; layers with: {sorted(layers)}"
+        )
+    return layers[index], index, total

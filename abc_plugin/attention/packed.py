@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from abc_plugin.attention.parallel import place, sum_over
+from abc_plugin.attention.parallel import rank_and_size, sum_over
 from abc_plugin.attention.row import fp32_product, softmax_rows, visible_and_bias, visible_keys
-from abc_plugin.errors import CreditError
 
 MISMATCH = "{} do not begin where the recorded mask's sequences begin"
 Fault = tuple[Tensor, str]  # (bool on the device, what it means when true): read later, so that no forward waits
@@ -27,7 +26,7 @@ class Packing:
         length_B = mask_BS.sum(1)
         end_B = length_B.cumsum(0)
         self.mask_BS, self.position_B, self.ring_group = mask_BS, position_B, ring_group
-        self.first = place(ring_group)[0] * tokens  # this process's first token
+        self.first = rank_and_size(ring_group)[0] * tokens  # this process's first token
         stream_L = self.first + torch.arange(tokens, device=mask_BS.device)
         self.real_L = stream_L < end_B[-1]
         self.sequence_L = torch.searchsorted(end_B, stream_L, right=True).clamp(max=len(end_B) - 1)
@@ -74,14 +73,9 @@ def packed_row(
     return softmax_rows(logits_BHS, visible, bias, softcap, sinks_H, packing.ring_group)
 
 
-def unpacked(packing: Packing, query_1HLD: Tensor, key_1KLD: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Query and key of the stream at the padded batch's positions, (B, H, S, D); arbitrary at padding.
-
-    Raises CreditError where the stream's own mask keeps sequences apart: none runs that way but in tests.
-    """
-    if mask is not None:
-        raise CreditError("the mean of several rows of packed sequences is read under flash attention only")
-    return tuple(x_1HLD[0][:, packing.index_BS].transpose(0, 1) for x_1HLD in (query_1HLD, key_1KLD))
+def unpacked(packing: Packing, x_1HLD: Tensor) -> Tensor:
+    """Queries, keys or values of the stream at the padded batch's positions, (B, H, S, D); arbitrary at padding."""
+    return x_1HLD[0][:, packing.index_BS].transpose(0, 1)
 
 
 def _mask_rows(mask_11TT: Tensor, packing: Packing) -> Tensor:
@@ -153,9 +147,9 @@ def _leaks(mask_11TT: Tensor, packing: Packing) -> Tensor:
     visible_BHT, _ = visible_and_bias(_mask_rows(mask_11TT, packing))
     own_BHS = _to_sequences(visible_BHT, packing) & packing.mask_BS[:, None]
     leaks_BH = (visible_BHT.sum(-1) != own_BHS.sum(-1)) & packing.mask_BS.any(1)[:, None]
-    place_L = torch.arange(len(packing.offset_L), device=packing.offset_L.device)
-    before_L = place_L - packing.offset_L - 1  # -1 in the first sequence
-    sees_HL, _ = visible_and_bias(mask_11TT[0][:, place_L, before_L.clamp(min=0)])
+    index_L = torch.arange(len(packing.offset_L), device=packing.offset_L.device)
+    before_L = index_L - packing.offset_L - 1  # -1 in the first sequence
+    sees_HL, _ = visible_and_bias(mask_11TT[0][:, index_L, before_L.clamp(min=0)])
     return leaks_BH.any() | (sees_HL & (before_L >= 0)).any()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-def place(group: ProcessGroup | None) -> tuple[int, int]:
+def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
     """(rank of this process in the group, number of processes)."""
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
@@ -35,7 +35,7 @@ def _reduce(x: Tensor, operation: dist.ReduceOp, group: ProcessGroup | None) -> 
 
 def heads_by_rank(row_BHS: Tensor, group: ProcessGroup | None) -> Tensor:
     """Number of heads that each process holds, long (processes,)."""
-    rank, size = place(group)
+    rank, size = rank_and_size(group)
     heads = torch.zeros(size, dtype=torch.long, device=row_BHS.device)
     heads[rank] = row_BHS.shape[1]
     return sum_over(heads, group)
@@ -53,6 +53,6 @@ def all_heads(row_BHS: Tensor, group: ProcessGroup | None) -> Tensor:
     """The rows of all processes' heads in rank order, (B, ΣH, S)."""
     if group is None:
         return row_BHS
-    rank, _ = place(group)
+    rank, _ = rank_and_size(group)
     heads = heads_by_rank(row_BHS, group).tolist()
     return sum_over(torch.nn.functional.pad(row_BHS, (0, 0, sum(heads[:rank]), sum(heads[rank + 1 :]))), group)

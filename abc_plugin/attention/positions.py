@@ -1,11 +1,14 @@
-"""Which row: the token whose hidden state the score head reads."""
+"""Which rows: the token whose hidden state the score head reads, or the tokens that generated."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from abc_plugin.credit.redistribute import last_action
 from abc_plugin.errors import CreditError
+
+ROWS = ("mask", "pad_token", "cls")
 
 
 def score_positions(attention_mask_BS: Tensor) -> Tensor:
@@ -22,25 +25,22 @@ def score_positions(attention_mask_BS: Tensor) -> Tensor:
     return attention_mask_BS.shape[1] - 1 - attention_mask_BS.ne(0).long().fliplr().argmax(dim=1)
 
 
-def last_other_positions(input_ids_BS: Tensor, pad_token_id: int | None) -> Tensor:
+def last_unpadded_positions(input_ids_BS: Tensor, pad_token_id: int | None) -> Tensor:
     """Index of each row's last id that is not ``pad_token_id``, (B,) long.
 
     position[b] = argmax_s s · 1[ids[b,s] != pad]   (transformers.modeling_layers, GenericForSequenceClassification)
 
     Where pad == eos this is the token before the closing EOS. A row of padding gives 0; pad_token_id None gives S - 1.
     """
-    places_S = torch.arange(input_ids_BS.shape[1], device=input_ids_BS.device)
+    index_S = torch.arange(input_ids_BS.shape[1], device=input_ids_BS.device)
     if pad_token_id is None:
-        return places_S[-1].expand(len(input_ids_BS))
-    return (places_S * (input_ids_BS != pad_token_id)).argmax(dim=1)
+        return index_S[-1].expand(len(input_ids_BS))
+    return (index_S * (input_ids_BS != pad_token_id)).argmax(dim=1)
 
 
 def first_positions(attention_mask_BS: Tensor) -> Tensor:
     """Index of each row's first 1, (B,) long: the CLS token of encoders. A row without any 1 gives 0."""
     return attention_mask_BS.ne(0).long().argmax(dim=1)
-
-
-ROWS = ("mask", "pad_token", "cls")
 
 
 def row_positions(
@@ -53,8 +53,15 @@ def row_positions(
     position_B = score_positions(attention_mask_BS)
     if rule == "pad_token":
         if input_ids_BS is None or input_ids_BS.shape != attention_mask_BS.shape:
-            raise CreditError(
-                "row 'pad_token' is found by ids: pass record() the input_ids of the recorded mask's shape"
-            )
-        return last_other_positions(input_ids_BS, pad_token_id)
+            raise CreditError("row 'pad_token' goes by ids: pass record() the input_ids of the recorded mask's shape")
+        return last_unpadded_positions(input_ids_BS, pad_token_id)
     return first_positions(attention_mask_BS) if rule == "cls" else position_B
+
+
+def generating_rows(need: str, action_mask_BA: Tensor) -> Tensor:
+    """Whose rows answer a need of the policy's attention, bool (B, S): the token at position t generated action t.
+
+    need: "policy", every action's; "policy_last", the last action's.
+    """
+    action_BA = last_action(action_mask_BA) if need == "policy_last" else action_mask_BA
+    return torch.nn.functional.pad(action_BA.bool(), (0, 1))

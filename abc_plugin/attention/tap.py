@@ -1,145 +1,94 @@
 """Where the row is taken: inside the model's own forward, from the query and key its attention function is handed.
 
-transformers models look their attention function up by name on every call. A tap replaces that table entry with a
-``_Watch``, which computes the row for the one module that carries the tap and then calls the function it replaced. The
-model's output is untouched, nothing is projected twice, and wrappers around the model do not matter. The entry is
-looked up in the namespace that the module's own forward reads: per-layer config copies and
-``AttentionInterface.register`` are both bypassed by some models or patches.
+transformers models look their attention function up by name on every call. While something is recorded, that table
+entry is a ``_Watch``, which shows query and key to the recordings of the module that calls and then calls the function
+it stands for. The model's output is untouched, nothing is projected twice, wrappers around the model do not matter,
+and outside a record block nothing is left. The entry is looked up in the namespace that the module's own forward reads:
+per-layer config copies and ``AttentionInterface.register`` are both bypassed by some models or patches.
 """
 
 from __future__ import annotations
 
-import inspect
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from transformers import AttentionInterface
 
-from abc_plugin.attention.layers import REMEDY, model_name, target_layer, unwrap
-from abc_plugin.attention.positions import ROWS, row_positions
-from abc_plugin.attention.recording import Recording
-from abc_plugin.errors import CreditError, UserError
+from abc_plugin.attention.layers import REMEDY, check_implementation, forward_code, uses_interface
+from abc_plugin.attention.recording import Recording, RowReader, recomputes
+from abc_plugin.errors import UserError
 
-MARK = "_abc_attention_tap"
+RECORDINGS: dict[nn.Module, list[Recording]] = {}  # by the attention module that they are waiting for
+WATCHES: dict[tuple[int, str, Any], _Watch] = {}  # by id of the table, name and function: kept for compiled graphs
 
 
-class AttentionTap:
-    """Recovers one attention row of one layer of ``model`` (equation: ``row.attention_row``).
+class AttentionTap(RowReader):
+    """Recovers one attention row of one layer of ``model`` (equation: ``row.attention_rows``).
 
         tap = AttentionTap(model, layer="last_full")
         with tap.record(attention_mask_BS) as recording:
             reward = model(input_ids, attention_mask_BS)
         recording.row_BS                                        # fp32, (B, S)
 
-    model: a transformers decoder under sdpa, flash or eager attention, itself or inside wrappers.
-    layer: see ``layers.target_layer``.  per_head: keep recording.row_BHS too.
-    row: whose attention. "mask": of the last 1 of the mask, where OpenRLHF reads its score; "pad_token": of the last
-    id that is not padding, where AutoModelForSequenceClassification reads; "cls": of the first 1 of the mask.
-    One tap per model; copies of the model carry none. ``close`` restores everything. torch.compile before or after is
-    fine: the row is computed outside the graph.
-    Raises UserError when the model or its attention implementation is not supported, naming it.
+    Of a transformers model under sdpa, flash or eager attention. Several taps on one model do not mind each other;
+    copies of the model carry none. torch.compile before or after is fine: the row is computed outside the graph.
     """
 
-    def __init__(self, model: Any, layer: str = "last_full", *, per_head: bool = False, row: str = "mask") -> None:
-        if row not in ROWS:
-            raise UserError(f"row {row!r} is none of {', '.join(ROWS)}")
-        self.module, self.layer_index, self.num_layers = target_layer(model, layer)
-        self.per_head, self.row = per_head, row
-        self.recording: Recording | None = None
-        self._model_name = model_name(model)
-        self._watches: list[_Watch] = []
-        tapped = [part for part in unwrap(model).modules() if part.__dict__.get(MARK) is not None]
-        if tapped:
-            other = getattr(tapped[0], MARK).describe()
-            raise UserError(f"{self._model_name} already has a tap ({other}); close it first")
-        self._watch()
-        setattr(self.module, MARK, self)
+    def _check_support(self) -> None:
+        _table_entry(self.module, self.model_name)
 
-    @property
-    def implementation(self) -> str:
-        """Name of the attention implementation that the model runs now, e.g. "sdpa"."""
-        return self.module.config._attn_implementation
-
-    def describe(self) -> str:
-        """One line for the log; layers count from 0."""
-        layer = f"layer {self.layer_index} of {self.num_layers}"
-        return f"attention row of {layer} ({type(self.module).__name__}, {self.implementation})"
+    def _new_recording(self, *args: Any, **options: Any) -> Recording:
+        return Recording(*args, **options)
 
     @contextmanager
-    def record(
-        self,
-        attention_mask_BS: Tensor,
-        input_ids_BS: Tensor | None = None,
-        *,
-        queries_BS: Tensor | None = None,
-        ring_group: ProcessGroup | None = None,
-        head_group: ProcessGroup | None = None,
-    ) -> Iterator[Recording]:
-        """Record the row during one forward of the model on the sequences of this mask, 1 at real tokens.
-
-        The model may run on the padded batch (B, S), padding left, right or in between, or on one stream (1, T) of the
-        mask's real tokens in order, packed; recording.row_BS is (B, S) in both cases.
-        input_ids_BS: for row="pad_token", the padded batch's.
-        queries_BS: bool, on the padded batch; in place of the one row the mean of these queries' rows
-        (``averaged.averaged_row``). Not in a ring, and of packed sequences under flash attention only.
-        ring_group: the stream, padded to a multiple of the group's size, is split over it in rank order.
-        head_group: the layer's heads are split over it. Every process of a group records the same mask and gets the
-        whole row.
-        """
-        if getattr(self.module, MARK, None) is not self:
-            raise CreditError("the tap is closed; attach a new AttentionTap")
-        if self.recording is not None:
-            raise CreditError("the tap is recording already; leave the first record() block before the next")
-        self._watch()  # another library may have replaced the function since
-        recording = self.recording = Recording(
-            attention_mask_BS,
-            row_positions(self.row, attention_mask_BS, input_ids_BS, self.module.config.pad_token_id),
-            self.describe(),
-            per_head=self.per_head,
-            queries_BS=queries_BS,
-            ring_group=ring_group,
-            head_group=head_group,
-        )
+    def _watching(self, recording: Recording) -> Iterator[None]:
+        table, name = _table_entry(self.module, self.model_name)
+        function = table[name]
+        watch = function if isinstance(function, _Watch) else None
+        watch = watch or WATCHES.setdefault((id(table), name, function), _Watch(table, name))
+        waiting = RECORDINGS.setdefault(self.module, [])
+        waiting.append(recording)
+        watch.enter()
         try:
-            yield recording
+            yield
         finally:
-            self.recording = None
-
-    def close(self) -> None:
-        """Detach: the table entries and the module are as before. A second call does nothing."""
-        if getattr(self.module, MARK, None) is self:
-            delattr(self.module, MARK)
-        while self._watches:
-            self._watches.pop().release(self)
-
-    def _watch(self) -> None:
-        table, name = _table_entry(self.module, self._model_name)
-        watch = table[name] if isinstance(table[name], _Watch) else _Watch(table, name)
-        if watch not in self._watches:
-            watch.users.add(self)
-            self._watches.append(watch)
-
-    def __reduce__(self) -> tuple:
-        return type(None), ()  # copying or pickling a tapped model gives an untapped one: None stands for the tap
+            watch.leave()
+            waiting.remove(recording)
+            if not waiting:
+                del RECORDINGS[self.module]
 
 
 class _Watch:
-    """An attention function that shows query and key to the module's tap, if any, and calls the one it replaced."""
+    """An attention function that shows query and key to the module's recordings and calls the one it replaces."""
 
     def __init__(self, table: Any, name: str) -> None:
-        self.table, self.name = table, name
-        self.users: weakref.WeakSet[AttentionTap] = weakref.WeakSet()
+        self._table, self._name = table, name
+        self._blocks = 0  # record blocks that need it
         # A fresh AttentionInterface has no local overrides. What is not overridden is looked up there on every call,
         # so that a later AttentionInterface.register still takes effect under the watch.
         registered = type(table)() if isinstance(table, AttentionInterface) else {}
         self._overrides = registered.get(name) is not table[name]
         self._source = {name: table[name]} if self._overrides else registered
-        table[name] = self
 
+    def enter(self) -> None:
+        """Stand in the table from the first block on."""
+        self._blocks += 1
+        self._table[self._name] = self
+
+    def leave(self) -> None:
+        """Put the entry back after the last block, unless someone else has replaced it since."""
+        self._blocks -= 1
+        if self._blocks or self._table.get(self._name) is not self:
+            return
+        if self._overrides:
+            self._table[self._name] = self._source[self._name]
+        else:
+            del self._table[self._name]
+
+    @torch.compiler.disable  # a graph would freeze the answer to its first question
     def __call__(
         self,
         module: nn.Module,
@@ -150,41 +99,22 @@ class _Watch:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        original = self._source[self.name]
-        tap = module.__dict__.get(MARK)
-        if tap is None or tap.recording is None:
-            return original(module, query, key, value, attention_mask, *args, **kwargs)
-        recording, tap.recording = tap.recording, None  # a watch inside a foreign wrapper must not look again
+        original = self._source[self._name]
+        recordings = RECORDINGS.pop(module, None)  # a watch inside a foreign wrapper must not look again
         try:
-            recording.look(module, query, key, attention_mask, kwargs)
+            for recording in recordings or () if not recomputes() else ():
+                recording.look(module, query, key, attention_mask, kwargs)
             return original(module, query, key, value, attention_mask, *args, **kwargs)
         finally:
-            tap.recording = recording
-
-    def release(self, tap: AttentionTap) -> None:
-        self.users.discard(tap)
-        if self.users or self.table.get(self.name) is not self:
-            return  # still needed, or replaced by someone whose entry is not ours to remove
-        if self._overrides:
-            self.table[self.name] = self._source[self.name]
-        else:
-            del self.table[self.name]
+            if recordings is not None:
+                RECORDINGS[module] = recordings
 
 
 def _table_entry(module: nn.Module, model: str) -> tuple[Any, str]:
     """(table, name) of the attention function the module calls. Raises UserError where there is none to watch."""
-    kind, name = type(module).__name__, module.config._attn_implementation
-    forward = inspect.unwrap(type(module).forward)
-    if "ALL_ATTENTION_FUNCTIONS" not in forward.__code__.co_names:
+    if not uses_interface(module):
+        kind = type(module).__name__
         raise UserError(f"{model} is not supported: {kind} bypasses transformers' attention interface; {REMEDY}")
-    if name == "sdpa" and getattr(module.config, "attn_logit_softcapping", None) is not None:
-        raise UserError(f"{model} is not supported under sdpa, which drops its softcap; use flash_attention_2")
-    if name == "eager":
-        return forward.__globals__, "eager_attention_forward"
-    if name != "sdpa" and not _is_flash(name):
-        raise UserError(f"attention {name!r} of {model} is not supported; use sdpa or flash_attention_2")
-    return forward.__globals__["ALL_ATTENTION_FUNCTIONS"], name
-
-
-def _is_flash(name: str | None) -> bool:
-    return name is not None and "flash" in name and "|" not in name  # hub kernels are flash too; "paged|…" is not
+    name, names = module.config._attn_implementation, forward_code(module).__globals__
+    check_implementation(name, module.config, model)
+    return (names, "eager_attention_forward") if name == "eager" else (names["ALL_ATTENTION_FUNCTIONS"], name)

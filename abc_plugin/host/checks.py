@@ -22,8 +22,7 @@ from transformers.utils import (
 )
 
 from abc_plugin.attention import attach
-from abc_plugin.attention.prefix import check_causal
-from abc_plugin.attention.readers import attach_readers
+from abc_plugin.attention.readers import attach_readers, check_causal
 from abc_plugin.config import ShapingConfig
 from abc_plugin.credit import methods
 from abc_plugin.credit.methods import policy_need

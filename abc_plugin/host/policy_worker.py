@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from abc_plugin.attention import attach
-from abc_plugin.attention.averaged import generating_rows
+from abc_plugin.attention.positions import generating_rows
 from abc_plugin.credit.methods import policy_need
 from abc_plugin.host.options import option
 from abc_plugin.host.ray_actors import undecorated

@@ -145,7 +145,7 @@ def _scored(member: Any, batch: _Batch, prompts: list[str]) -> tuple[Tensor, dic
 
 def _policy_row(policy: torch.nn.Module, reader: Any, need: str, batch: _Batch) -> Tensor:
     """The attention that the policy paid while generating, (B, S), from a forward over what it generated."""
-    from abc_plugin.attention.averaged import generating_rows
+    from abc_plugin.attention.positions import generating_rows
 
     mask_BS = batch.attention_mask_BS.to(policy.device)
     with reader.record(mask_BS, queries_BS=generating_rows(need, batch.action_mask_BA)) as recording:

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from abc_plugin.attention import attach
-from abc_plugin.attention.rerun import rerun_eager_row
+from abc_plugin.attention.matrix import rerun_eager_row
 from abc_plugin.errors import CreditError, UserError
 from abc_plugin.tools.bench.families import COMMON
 

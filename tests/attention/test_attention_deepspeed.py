@@ -10,7 +10,7 @@ from processes import spawn
 from recovery_models import RIGHT, inputs, tiny
 from test_layouts import same
 
-from abc_plugin.attention.rerun import rerun_eager_row
+from abc_plugin.attention.matrix import rerun_eager_row
 from abc_plugin.attention.tap import AttentionTap
 
 pytest.importorskip("deepspeed")

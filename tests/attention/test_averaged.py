@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abc_plugin.attention import attach
-from abc_plugin.attention.averaged import averaged_matrix, averaged_row, generating_rows
+from abc_plugin.attention.positions import generating_rows
+from abc_plugin.attention.row import averaged_matrix, averaged_row
 from abc_plugin.errors import CreditError
 from abc_plugin.tools.bench.parity import BF16, FP32, distance, feed_of
 

@@ -9,8 +9,8 @@ from cpu_flash import cpu_flash, use_implementation
 from recovery_models import FAMILIES, PADDINGS, RIGHT, WINDOW, inputs, tiny
 
 from abc_plugin.attention.layers import attention_layers, is_full, target_layer
+from abc_plugin.attention.matrix import rerun_eager_rows
 from abc_plugin.attention.positions import score_positions
-from abc_plugin.attention.rerun import rerun_eager_rows
 from abc_plugin.cli import main
 from abc_plugin.tools.bench import parity
 from abc_plugin.tools.bench.families import Family

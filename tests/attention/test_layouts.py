@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from recovery_models import LEFT, RIGHT, inputs, tiny
 from torch.testing import assert_close
 
+from abc_plugin.attention.matrix import rerun_eager_row
 from abc_plugin.attention.packed import Packing
 from abc_plugin.attention.packed import packed_row as row_of_packed
 from abc_plugin.attention.positions import ROWS, row_positions, score_positions
-from abc_plugin.attention.rerun import rerun_eager_row
 from abc_plugin.attention.row import attention_row
 from abc_plugin.attention.tap import AttentionTap
 from abc_plugin.errors import CreditError

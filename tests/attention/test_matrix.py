@@ -10,14 +10,13 @@ from recovery_models import LEFT, RIGHT, inputs, tiny, tiny_reward_model
 from torch.testing import assert_close
 
 from abc_plugin.attention import attach
-from abc_plugin.attention.fallback import Fallback
 from abc_plugin.attention.layers import OUTSIDE, attention_layers
-from abc_plugin.attention.rerun import EagerRerun, rerun_eager_row
+from abc_plugin.attention.matrix import EagerRerun, OwnWeights, rerun_eager_row
 from abc_plugin.errors import CreditError, UserError
 from abc_plugin.tools.bench.families import FAMILIES
 
 FEED = inputs(RIGHT)
-READERS = {"fallback": ("gptj", Fallback), "re-run": ("llama", EagerRerun)}
+READERS = {"fallback": ("gptj", OwnWeights), "re-run": ("llama", EagerRerun)}
 
 
 @pytest.fixture(params=READERS)
@@ -134,7 +133,7 @@ def test_a_fresh_cache_is_filled_once(watched):
 
 def test_the_fallback_refuses_train_mode_and_the_re_run_leaves_dropout_out():
     model = tiny("gptj", attn_pdrop=0.5)
-    reader = Fallback(model)
+    reader = OwnWeights(model)
     model.train()
     with pytest.raises(CreditError, match=r"in train mode its weights are after dropout; call model.eval\(\)"):
         run(reader, model)
@@ -185,7 +184,7 @@ def test_falcons_score_moves_by_rounding_only():
     same(recording.row_BS, model)
 
 
-@pytest.mark.parametrize("reader", [Fallback, EagerRerun])
+@pytest.mark.parametrize("reader", [OwnWeights, EagerRerun])
 def test_what_cannot_be_exact_is_refused_by_name(reader):
     with pytest.raises(UserError, match="FalconModel with alibi is not supported: .* counts its alibi twice"):
         reader(tiny("falcon_rw"))

@@ -9,7 +9,7 @@ from recovery_models import LEFT, RIGHT, inputs, tiny
 from test_layouts import EMPTY, HOLES, padded_row, same
 from torch import nn
 
-from abc_plugin.attention.rerun import rerun_eager_row
+from abc_plugin.attention.matrix import rerun_eager_row
 from abc_plugin.attention.tap import AttentionTap
 from abc_plugin.errors import CreditError
 

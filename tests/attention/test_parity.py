@@ -5,8 +5,8 @@ import torch
 from cpu_flash import cpu_flash, use_implementation
 from recovery_models import RIGHT, inputs, tiny
 
+from abc_plugin.attention.matrix import rerun_eager_row
 from abc_plugin.attention.positions import score_positions
-from abc_plugin.attention.rerun import rerun_eager_row
 from abc_plugin.tools.bench.parity import recovered
 
 READERS = [("llama", "sdpa", "auto"), ("llama", "flash_attention_2", "auto"), ("llama", "eager", "auto")]

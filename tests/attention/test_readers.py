@@ -8,12 +8,8 @@ from recovery_models import LEFT, NONE, RIGHT, RewardModel, inputs, tiny, tiny_r
 from torch import nn
 
 from abc_plugin.attention import attach
-from abc_plugin.attention.gradient import GradientTimesInput
-from abc_plugin.attention.heads import HeadSubset
 from abc_plugin.attention.positions import score_positions
-from abc_plugin.attention.prefix import PrefixScores
-from abc_plugin.attention.readers import attach_readers, record, rows
-from abc_plugin.attention.values import padded
+from abc_plugin.attention.readers import GradientTimesInput, PrefixScores, attach_readers, padded, record, rows
 from abc_plugin.errors import CreditError, UserError
 
 CAUSAL = ("llama", "qwen3", "gpt2", "gemma3", "mixtral", "qwen3_next", "gpt_neox", "falcon_h1", "bloom", "gptj")
@@ -165,20 +161,20 @@ def test_some_heads_are_averaged_and_unknown_ones_refused():
         model(ids, mask)
     expected = recording.row_BHS[:, [0, 3]].mean(1)
     per_head.close()
-    subset = HeadSubset(model, [0, 3])
+    subset = attach(model, heads=[0, 3])
     with subset.record(mask) as recording:
         model(ids, mask)
     assert torch.equal(recording.row_BS, expected)
     assert subset.describe().endswith("heads 0, 3")
     subset.close()
     with pytest.raises(UserError, match="--shaping.heads 4: the layer has 4 heads, 0 to 3"):
-        HeadSubset(model, [1, 4])
+        attach(model, heads=[1, 4])
     attach(model).close()  # the refused one left nothing behind
 
 
 @pytest.mark.parametrize("family", ["bloom", "mpt", "codegen"])
 def test_heads_of_attention_modules_without_a_config(family):
     model = tiny(family)
-    HeadSubset(model, [0]).close()
+    attach(model, heads=[0]).close()
     with pytest.raises(UserError, match="--shaping.heads 99: the layer has"):
-        HeadSubset(model, [99])
+        attach(model, heads=[99])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from abc_plugin.attention import row as row_module
-from abc_plugin.attention.positions import first_positions, last_other_positions, row_positions, score_positions
+from abc_plugin.attention.positions import first_positions, last_unpadded_positions, row_positions, score_positions
 
 
 def attention_row(*args, **options):
@@ -144,8 +144,8 @@ def test_other_rules_in_batches(rows):
     mask = torch.tensor(rows)
     assert first_positions(mask).tolist() == [row.index(1) if 1 in row else 0 for row in rows]
     last_ones = [max((s for s, bit in enumerate(row) if bit), default=0) for row in rows]
-    assert last_other_positions(mask, 0).tolist() == last_ones  # the mask's digits as ids
-    assert last_other_positions(mask, None).tolist() == [mask.shape[1] - 1] * len(rows)
+    assert last_unpadded_positions(mask, 0).tolist() == last_ones  # the mask's digits as ids
+    assert last_unpadded_positions(mask, None).tolist() == [mask.shape[1] - 1] * len(rows)
 
 
 @settings(max_examples=50, deadline=None)

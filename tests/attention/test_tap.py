@@ -3,6 +3,8 @@
 import copy
 import gc
 import pickle
+import weakref
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -15,9 +17,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
+from abc_plugin.attention.matrix import rerun_eager_row
 from abc_plugin.attention.positions import score_positions
-from abc_plugin.attention.rerun import rerun_eager_row
-from abc_plugin.attention.tap import MARK, AttentionTap
+from abc_plugin.attention.tap import AttentionTap
 from abc_plugin.errors import CreditError, UserError
 
 EAGER = modeling_llama.eager_attention_forward
@@ -89,7 +91,7 @@ def test_close_restores_everything(model, implementation):
     tap.close()
     tap.close()
     assert {name: dict(part.__dict__) for name, part in model.named_modules()} == before
-    with pytest.raises(CreditError, match="the tap is closed"), tap.record(RIGHT):
+    with pytest.raises(CreditError, match="closed; attach again"), tap.record(RIGHT):
         pass
 
 
@@ -129,11 +131,13 @@ def test_two_models_at_once(attach):
     same(recording.row_BS, expect(two, "0"))  # still watched after the other has gone
 
 
-@pytest.mark.parametrize("layer", ["0", "last_full"])
-def test_a_second_tap_on_one_model_is_refused(model, attach, layer):
-    attach(model).describe()
-    with pytest.raises(UserError, match=r"LlamaModel already has a tap \(attention row of layer 2 of 3 .*close it"):
-        AttentionTap(model, layer)
+def test_several_taps_on_one_model_each_get_their_row(model, attach):
+    taps = {layer: attach(model, layer) for layer in ("0", "last_full", "2")}
+    with ExitStack() as blocks, torch.no_grad():
+        recordings = {layer: blocks.enter_context(tap.record(RIGHT)) for layer, tap in taps.items()}
+        model(attention_mask=RIGHT, **FEED)
+    for layer, recording in recordings.items():
+        same(recording.row_BS, expect(model, layer))
 
 
 def test_a_tap_that_never_fired_says_so(model, attach):
@@ -201,8 +205,7 @@ def test_copies_of_a_tapped_model_carry_no_tap(model, attach):
     own = attach(twin, "0")
     same(run(own, twin), expect(twin, "0"))
     thawed = pickle.loads(pickle.dumps(model))
-    assert getattr(thawed.layers[2].self_attn, MARK) is None
-    same(run(tap, model), expect(model))
+    same(run(attach(thawed), thawed), expect(model))
 
 
 class Counting:
@@ -217,13 +220,13 @@ class Counting:
 @pytest.mark.parametrize("around_the_watch", [False, True])
 def test_a_foreign_override_after_the_tap_is_watched_and_kept(model, attach, around_the_watch):
     tap = attach(model)
-    foreign = Counting(ALL_ATTENTION_FUNCTIONS["sdpa"] if around_the_watch else sdpa_attention_forward)
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = foreign
+    with tap.record(RIGHT):
+        foreign = Counting(ALL_ATTENTION_FUNCTIONS["sdpa"] if around_the_watch else sdpa_attention_forward)
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = foreign
     try:
-        same(run(tap, model), expect(model))
-        assert foreign.calls == 3
-        tap.close()
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is foreign
+        for calls in (3, 6):
+            same(run(tap, model), expect(model))
+            assert foreign.calls == calls and ALL_ATTENTION_FUNCTIONS["sdpa"] is foreign
     finally:
         del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -249,14 +252,24 @@ def test_a_change_of_implementation_after_the_tap_is_followed(model, attach):
         run(tap, model)
 
 
-def test_a_dropped_tap_frees_its_model(attach):
+def test_a_tap_that_is_dropped_unclosed_leaves_nothing_and_frees_its_model():
     model = tiny()
-    AttentionTap(model)
+    run(AttentionTap(model), model)
+    gone = weakref.ref(model)
     del model
     gc.collect()
-    gone = attach(tiny())  # the entry is still watched; the next tap takes it over and close removes it
-    assert len(ALL_ATTENTION_FUNCTIONS["sdpa"].users) == 1
-    gone.close()
+    assert gone() is None
+
+
+def test_a_block_that_ends_before_the_one_it_encloses_leaves_nothing(model, attach):
+    outer, inner = attach(model).record(RIGHT), attach(model, "0").record(RIGHT)
+    first, second = outer.__enter__(), inner.__enter__()
+    with torch.no_grad():
+        model(attention_mask=RIGHT, **FEED)
+        outer.__exit__(None, None, None)
+        model(attention_mask=RIGHT, **FEED)
+    inner.__exit__(None, None, None)
+    assert (first.fired, second.fired) == (1, 2)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2", "eager"])
@@ -446,7 +459,7 @@ def test_rows_of_each_head(attach, family, implementation):
 def test_rows_of_heads_that_were_not_kept_are_refused(model, attach):
     with torch.no_grad(), attach(model).record(RIGHT) as recording:
         model(attention_mask=RIGHT, **FEED)
-    with pytest.raises(CreditError, match="rows of heads were not kept; attach AttentionTap"):
+    with pytest.raises(CreditError, match="rows of heads were not kept; attach with per_head=True"):
         _ = recording.row_BHS
 
 

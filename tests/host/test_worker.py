@@ -17,7 +17,7 @@ import_host()
 from openrlhf.models import get_llm_for_sequence_regression  # noqa: E402
 from openrlhf.trainer.ray.launcher import BaseModelActor, RewardModelActor  # noqa: E402
 
-from abc_plugin.attention.rerun import rerun_eager_row  # noqa: E402
+from abc_plugin.attention.matrix import rerun_eager_row  # noqa: E402
 from abc_plugin.host.arguments import parse  # noqa: E402
 from abc_plugin.host.ray_actors import undecorated  # noqa: E402
 from abc_plugin.host.worker import CreditRewardModel  # noqa: E402

@@ -6,7 +6,6 @@ import pytest
 import torch
 from recovery_models import tiny
 
-from abc_plugin.attention.tap import MARK
 from abc_plugin.cli import main
 from abc_plugin.tools.bench import cost
 from abc_plugin.tools.bench.cost import CREDIT, EAGER, PLAIN, RERUN, VARIANTS, Cost, measure
@@ -47,7 +46,6 @@ def test_variants_run_what_they_say_and_leave_the_model_as_it_was(monkeypatch):
     assert len(recorded) == 10 and all(row.shape == (2, 8) for _, row in recorded)
     assert model.config._attn_implementation == "sdpa"
     attention = model.layers[2].self_attn
-    assert getattr(attention, MARK, None) is None
     assert not [hook for hook in attention._forward_hooks.values() if hasattr(hook, "__self__")]
 
 

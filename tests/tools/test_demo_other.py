@@ -13,7 +13,7 @@ from test_readme import script
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2ForSequenceClassification
 
 from abc_plugin.attention import attach
-from abc_plugin.attention.rerun import rerun_eager_row
+from abc_plugin.attention.matrix import rerun_eager_row
 from abc_plugin.cli import main
 from abc_plugin.errors import UserError
 from abc_plugin.host.imports import import_host

@@ -27,7 +27,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, LlamaConfig, LlamaModel, PreTrainedModel
 
-from abc_plugin.attention.attach import Recovery, attach
+from abc_plugin.attention.attach import attach
+from abc_plugin.attention.recording import RowReader
 from abc_plugin.errors import UserError
 
 PLAIN, CREDIT, RERUN, EAGER = VARIANTS = ("plain", "credit", "eager re-run", "eager, all layers")
@@ -146,7 +147,7 @@ def _prepared(variant: str, model: PreTrainedModel, inputs: dict[str, Tensor]) -
             yield lambda: _recorded(recovery, model, inputs)
 
 
-def _recorded(recovery: Recovery, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+def _recorded(recovery: RowReader, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     with recovery.record(inputs["attention_mask"]) as recording:
         model(**inputs)
     return recording.row_BS

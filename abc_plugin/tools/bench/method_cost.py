@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from abc_plugin.attention.attach import attach
-from abc_plugin.attention.averaged import generating_rows
+from abc_plugin.attention.positions import generating_rows
 from abc_plugin.attention.readers import attach_readers, record, rows
 from abc_plugin.errors import UserError
 from abc_plugin.tools.bench.cost import peak_bytes, seconds_of

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from abc_plugin.attention.attach import attach
-from abc_plugin.attention.rerun import rerun_eager_rows
+from abc_plugin.attention.matrix import rerun_eager_rows
 from abc_plugin.errors import CreditError, UserError
 from abc_plugin.tools.bench.cpu_flash import cpu_flash, use_implementation
 from abc_plugin.tools.bench.families import ALL, COMMON, FAMILIES, tiny
@@ -34,7 +34,7 @@ PADDED = torch.cat([RIGHT, LEFT, ONE])
 # and a router turns it into another expert, so weights are smaller and every token goes to all experts.
 TAME = {"initializer_range": 0.1, "num_experts_per_tok": 4}
 HEADS = ("family", "special", "read by", *ALL, "eager re-run", "bf16")
-HOW = {"AttentionTap": "tap", "Fallback": "fallback"}
+HOW = {"AttentionTap": "tap", "OwnWeights": "fallback"}
 
 
 @dataclass

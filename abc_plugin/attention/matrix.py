@@ -133,8 +133,8 @@ class MatrixRecording(Recording):
         ran_BS = hidden_BSD.shape[:2]
         if ran_BS != self._mask_BS.shape or arguments.get("cu_seq_lens_q") is not None:
             raise self._error(
-                f"the model ran on {tuple(ran_BS)} tokens, the recorded mask is {tuple(self._mask_BS.shape)}: packed or "
-                "split sequences; run it on padded batches, or recover by tap"
+                f"the model ran on {tuple(ran_BS)} tokens, the recorded mask is {tuple(self._mask_BS.shape)}: packed "
+                "or split sequences; run it on padded batches, or recover by tap"
             )
         self._faults = unpacked_faults(arguments.get("position_ids"), self._mask_BS.to(hidden_BSD.device))
 

@@ -1,10 +1,10 @@
 """Where the row is taken: inside the model's own forward, from the query and key its attention function is handed.
 
 transformers models look their attention function up by name on every call. While something is recorded, that table
-entry is a ``_Watch``, which shows query and key to the recordings of the module that calls and then calls the function
-it stands for. The model's output is untouched, nothing is projected twice, wrappers around the model do not matter,
-and outside a record block nothing is left. The entry is looked up in the namespace that the module's own forward reads:
-per-layer config copies and ``AttentionInterface.register`` are both bypassed by some models or patches.
+entry is a ``_Watch``, which shows query and key to the recordings of the module that calls, and then calls the
+function it stands for. The model's output is untouched, nothing is projected twice, wrappers around the model do not
+matter, and outside a record block nothing is left. The entry is looked up in the namespace that the module's own
+forward reads: per-layer config copies and ``AttentionInterface.register`` are both bypassed by some models or patches.
 """
 
 from __future__ import annotations

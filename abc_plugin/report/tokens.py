@@ -1,13 +1,18 @@
-"""A completion as HTML: every token on a background that shows its credit."""
+"""A token to look at: its colour, its text with nothing invisible, its numbers. Credit is orange, negative blue.
+
+The two are told apart by colour-blind readers, and each gets darker with its size.
+"""
 
 from __future__ import annotations
 
 import re
 from html import escape
+from typing import Any, NamedTuple
 
 from abc_plugin.report.samples import Sample
 
-SWATCHES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # times the uniform share, in the legend
+HOT, COLD = (240, 120, 0), (90, 155, 255)  # of the strongest credit, red green blue
+SWATCHES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # times the uniform share, in legends
 
 
 def intensity(share: float, tokens: int) -> float:
@@ -17,6 +22,11 @@ def intensity(share: float, tokens: int) -> float:
     """
     ratio = abs(share) * tokens
     return ratio / (ratio + 2.0)
+
+
+def tint(strength: float, *, negative: bool = False) -> str:
+    """A token's background on white, as #rrggbb; ``strength`` in [0, 1] as ``intensity`` gives it."""
+    return "#" + "".join(f"{round(255 + (part - 255) * strength):02x}" for part in (COLD if negative else HOT))
 
 
 def visible(text: str) -> str:
@@ -30,6 +40,25 @@ def token_text(token: str) -> str:
     if not token:
         return "∅"
     return re.sub(r"(?<= ) | (?= )| (?=\n)| $", "·", visible(token))
+
+
+class Token(NamedTuple):
+    """A token as a page shows it."""
+
+    text: str
+    tip: str  # its numbers, where one points at it
+    intensity: float
+    classes: str  # of CSS: neg negative credit, special, given not the policy's
+
+
+def shown_tokens(sample: Any) -> list[Token]:
+    """The tokens of a sample for the page."""
+    shown = []
+    for at, (token, share) in enumerate(zip(sample.tokens, sample.credit, strict=True)):
+        marks = {"neg": share is not None and share < 0, "special": sample.special(at), "given": share is None}
+        strength = intensity(share or 0.0, sample.actions)
+        shown.append(Token(token_text(token), in_words(sample, at), strength, " ".join(m for m in marks if marks[m])))
+    return shown
 
 
 def in_words(sample: Sample, token: int) -> str:

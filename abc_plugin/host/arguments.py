@@ -12,24 +12,9 @@ from pathlib import Path
 from types import CodeType, SimpleNamespace
 from typing import Any, NoReturn
 
-from abc_plugin.config import ShapingConfig
 from abc_plugin.errors import UserError
-from abc_plugin.local.ranks import place
 
 CLI = "openrlhf.cli.train_ppo_ray"
-REQUIRED = {
-    "--actor.model_name_or_path": "a Hugging Face model directory",
-    "--reward.model_name_or_path": "a reward model's directory",
-    "--data.prompt_dataset": "a JSONL file of prompts",
-}
-
-# One process: what the host asks about its cluster has only this answer. Appended to the flags: the last one counts.
-ONE_PROCESS = {
-    **{f"--{model}.num_nodes": "1" for model in ("actor", "ref", "critic", "reward")},
-    **{f"--{model}.num_gpus_per_node": "1" for model in ("actor", "ref", "critic", "reward")},
-    "--vllm.num_engines": "0",
-    "--vllm.sync_backend": "gloo",
-}
 
 
 def parse(argv: list[str], command: str = "local") -> Namespace:
@@ -88,31 +73,3 @@ def _parsing_code() -> CodeType:
 
 def _is_own(module: str) -> bool:
     return module in sys.stdlib_module_names and module != "argparse"
-
-
-def parse_for_one_process(argv: list[str], shaping: ShapingConfig) -> tuple[Namespace, list[str]]:
-    """``parse``, with the answers that follow from running in this process, and ``args.shaping``.
-
-    Returns the arguments and the flags of ``argv`` that are ignored here. Raises UserError as ``parse``, and when a
-    required flag is missing.
-    """
-    from transformers.utils import is_flash_attn_2_available
-
-    given = [word.split("=")[0] for word in argv]
-    for flag, what in REQUIRED.items():
-        if flag not in given:
-            raise UserError(f"{flag} is missing; give {what} (abc-rlhf prepare makes one)")
-    args = parse([*argv, *(word for pair in ONE_PROCESS.items() for word in pair)])
-    args.shaping = shaping
-    if args.ds.lora.target_modules == ["all-linear"]:  # PEFT knows the word, but not in a list
-        args.ds.lora.target_modules = "all-linear"
-    for model in (args.actor, args.ref, args.critic, args.reward):  # the host shares work out by this number
-        model.num_gpus_per_node = place().size
-    args.train.colocate_all = args.train.colocate_actor_ref = args.train.colocate_critic_reward = False
-    args.ds.enable_sleep = args.vllm.enable_sleep = False
-    if not any(flag.startswith("--ds.attn") for flag in given) and not is_flash_attn_2_available():
-        args.ds.attn_implementation = "sdpa"
-    if args.logger.tensorboard_dir is None:
-        args.logger.tensorboard_dir = str(Path(args.ckpt.output_dir) / "tensorboard")
-    without_meaning = ("--vllm.", "--train.colocate", "--ds.enable_sleep")
-    return args, [flag for flag in given if flag in ONE_PROCESS or flag.startswith(without_meaning)]

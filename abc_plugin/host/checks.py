@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from argparse import Namespace
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
-from types import SimpleNamespace
 
-import torch
-from datasets import Dataset
-from openrlhf.datasets.utils import blending_datasets
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-    cached_file,
-)
+from transformers import PretrainedConfig
 
 from abc_plugin.attention import attach
 from abc_plugin.attention.readers import attach_readers, check_causal
@@ -27,50 +16,100 @@ from abc_plugin.config import ShapingConfig
 from abc_plugin.credit import methods
 from abc_plugin.credit.methods import policy_need
 from abc_plugin.errors import UserError
-from abc_plugin.host.ensemble import reward_models
-from abc_plugin.host.method_checks import check_ensemble, check_method
-from abc_plugin.host.options import flag, option, set_option
-from abc_plugin.local.lora_checks import adapter_base
+from abc_plugin.host import model_files
+from abc_plugin.host.model_files import reward_models
 from abc_plugin.text.check import side
 from abc_plugin.text.compare import Side, compare
 
 READ = 1000  # prompts that both tokenizers read before training
+SCORERS = ("layer", "heads", "recovery", "tokenizer_check", "reward_text")  # settings that only who scores can heed
+ATTENTION = frozenset({"attention", "policy", "policy_last"})
 
-# Flags that a run without engines cannot honour: (attribute path, refused value, why and what to do). Packing,
-# ring attention, dynamic batches and host-side evaluation are refused by OpenRLHF itself, for want of engines.
-UNSUPPORTED = (
-    ("train.agent_func_path", bool, "agents run beside vLLM engines; leave it out, or use abc-rlhf ray"),
-    ("reward.remote_url", bool, "a remote reward is called by vLLM engines; give --reward.model_name_or_path"),
-    ("algo.advantage.is_correction_level", lambda level: level != "off", "there is no second engine; leave it out"),
-    ("train.async_enable", bool, "the processes that roll out are those that train; leave it out"),
-    ("train.enable_ema", lambda ema: ema and not torch.cuda.is_available(), "it needs a CUDA device; leave it out"),
-    (
-        "train.full_determinism_enable",
-        lambda on: on and torch.cuda.is_available(),
-        "tokens are drawn by a cumulated sum, of which CUDA has no deterministic form; leave it out, runs are seeded",
-    ),
-    ("ds.tensor_parallel_size", lambda size: size > 1, "not supported here; --ds.zero_stage 3 splits the weights"),
-    ("data.max_images_per_prompt", bool, "text only; leave it out"),
+# What needs one graph of the whole reward model on one device: (host's setting, refused value, why).
+NO_GRADIENT = (
+    ("ds.zero_stage", lambda stage: stage == 3, "ZeRO-3 frees each layer's weights before a backward could use them"),
+    ("reward.offload", bool, "it keeps the reward model's weights on the CPU"),
+    ("ds.ring_attn_size", lambda size: size > 1, "it splits each sequence over processes"),
+    ("ds.tensor_parallel_size", lambda size: size > 1, "it splits each layer over processes"),
 )
 
+# Advantage estimators that divide the scalar reward: a prefix's score, which nobody divides, would drown it, or drown.
+SCALED = ("group_norm",)
 
-def check_supported(args: Namespace) -> None:
-    """Refuse flags that a run without engines cannot honour."""
-    for path, refused, remedy in UNSUPPORTED:
-        value = args
-        for name in path.split("."):
-            value = getattr(value, name)
-        if refused(value):
-            raise UserError(f"--{path} {value} does not work with abc-rlhf local: {remedy}")
-    if args.rollout.max_new_tokens is not None and not 0 < args.rollout.max_new_tokens < args.data.max_len:
+
+def check_method(args: Namespace, shaping: ShapingConfig, *, remote: str | None = None) -> None:
+    """Refuse what ``--reward_shaping`` cannot do with the other settings; says so, with the remedy.
+
+    remote: the flag of a reward that comes from elsewhere. Raises UserError. beta 0 heeds nothing.
+    """
+    method = methods.load(shaping.method)
+    if shaping.method == "none" or shaping.beta > 0:
+        _options(shaping, method)
+    if not shaping.dense:
+        return
+    name = f"--reward_shaping {shaping.method}"
+    if shaping.segment == "turn" and not args.train.agent_func_path:
         raise UserError(
-            f"--rollout.max_new_tokens {args.rollout.max_new_tokens} leaves no room for a prompt in --data.max_len "
-            f"{args.data.max_len}"
+            "--shaping.segment turn needs an agent's turns: without --train.agent_func_path a response is one turn, "
+            "and its pooled credit the sparse reward; use sentence"
         )
-    if "flash" in args.ds.attn_implementation and not torch.cuda.is_available():
+    estimator = args.algo.advantage.estimator
+    if "prefix" in method.needs and estimator in SCALED:
         raise UserError(
-            f"--ds.attn_implementation {args.ds.attn_implementation} needs a CUDA device and there is none; use sdpa"
+            f"{name} does not work with --algo.advantage.estimator {estimator}: it divides rewards by "
+            "their group's deviation, which a prefix's score does not know; use rloo, or --reward_shaping abc"
         )
+    of_scores = sorted(method.needs & {"prefix", "gradient"})
+    if remote and of_scores:
+        raise UserError(
+            f"{name} needs the reward model here, and {remote} sends scores and attention only; use abc, or "
+            f"--reward.model_name_or_path"
+        )
+    if "prefix" in method.needs and shaping.tokenizer_check == "map":
+        raise UserError(
+            f"{name} reads the score behind each of the policy's tokens, and with --shaping.tokenizer_check map the "
+            "reward model's tokens end elsewhere; use abc or grad_input, or a reward model with the policy's tokenizer"
+        )
+    for path, refused, why in NO_GRADIENT:
+        if "gradient" in method.needs and refused(attrgetter(path)(args)):
+            raise UserError(
+                f"{name} needs gradients of the reward model, and --{path} {attrgetter(path)(args)} stands in "
+                f"the way: {why}; leave it out, or use --reward_shaping prefix or abc"
+            )
+
+
+def _options(shaping: ShapingConfig, method: methods.Method) -> None:
+    """The plugin's own options against the method."""
+    name, default = f"--reward_shaping {shaping.method}", ShapingConfig()
+    wanted = {"layer": ATTENTION, "recovery": ATTENTION, "heads": frozenset({"attention"})}
+    if shaping.method == "none":
+        for option_name in (*wanted, "drop", "entropy_floor", "segment"):
+            if (given := getattr(shaping, option_name)) != getattr(default, option_name):
+                raise UserError(
+                    f"--shaping.{option_name} {given} changes credit, and --reward_shaping none gives none: name a "
+                    "method, such as abc, or leave the option out"
+                )
+        return
+    for option_name, needs in wanted.items():
+        given = getattr(shaping, option_name)
+        if given != getattr(default, option_name) and not needs & method.needs:
+            reads = "no attention" if needs == ATTENTION or not method.needs & ATTENTION else "the policy's attention"
+            raise UserError(f"{name} reads {reads}: leave --shaping.{option_name} {given} out, or use abc")
+    for option_name in ("drop", "entropy_floor"):
+        given = getattr(shaping, option_name)
+        if given != getattr(default, option_name) and method.weights is None:
+            raise UserError(
+                f"{name} gives signed credit, not shares of a whole that could be renormalised: leave "
+                f"--shaping.{option_name} {given} out, or use abc"
+            )
+
+
+def check_ensemble(args: Namespace) -> None:
+    """Several reward models: no path missing or twice. Raises UserError."""
+    given, paths = args.reward.model_name_or_path or "", reward_models(args)
+    name = f"--reward.model_name_or_path {given}"
+    if "," in given and (len(paths) != given.count(",") + 1 or len(set(paths)) != len(paths)):
+        raise UserError(f"{name}: give each reward model once, with single commas between them")
 
 
 def check_models(
@@ -81,25 +120,25 @@ def check_models(
     prompts: read by both tokenizers, besides the built-in texts.  runs_here: whether this machine will run the models,
     so that its devices and packages matter.
     """
-    for template in ("data.apply_chat_template", "data.input_template"):
-        if shaping.reward_text == "chat" and option(args, template):
+    for template in ("apply_chat_template", "input_template"):
+        if shaping.reward_text == "chat" and getattr(args.data, template):
             raise UserError(
-                f"--shaping.reward_text chat needs the bare prompts, but {flag(args, template)} puts them into "
+                f"--shaping.reward_text chat needs the bare prompts, but --data.{template} puts them into "
                 "another template; use --shaping.reward_text plain"
             )
     check_method(args, shaping)
     check_ensemble(args)
-    policy, critic = (option(args, f"{name}.model_name_or_path") for name in ("actor", "critic"))
-    policy = adapter_base(policy) or policy
-    flags = {name: flag(args, f"{name}.model_name_or_path") for name in ("actor", "reward", "critic")}
-    _config(flags["actor"], policy)
-    rewards = {path: _config(flags["reward"], path) for path in reward_models(args)}
-    _weight_names(flags["actor"], policy)
+    policy, critic = args.actor.model_name_or_path, args.critic.model_name_or_path
+    policy = model_files.adapter_base(policy) or policy
+    flags = {name: f"--{name}.model_name_or_path" for name in ("actor", "reward", "critic")}
+    model_files.read_config(flags["actor"], policy)
+    rewards = {path: model_files.read_config(flags["reward"], path) for path in reward_models(args)}
+    model_files.weight_names(flags["actor"], policy)
     for path, config in rewards.items():
-        check_reward_head(args, path, config)
+        model_files.check_reward_head(args, path, config)
     others = dict.fromkeys(rewards, flags["reward"])
     if critic and critic not in rewards:
-        _config(flags["critic"], critic)
+        model_files.read_config(flags["critic"], critic)
         others[critic] = flags["critic"]
     ours = _side(args, flags["actor"], policy)
     for path, name in others.items():
@@ -110,23 +149,14 @@ def check_models(
     check_policy(args, shaping, runs_here=runs_here)
 
 
-def check_positions(args: Namespace) -> None:
-    """No sequence is longer than a policy with a table of positions has rows; rotary ones have no such end."""
-    path = args.actor.model_name_or_path
-    config = AutoConfig.from_pretrained(adapter_base(path) or path, trust_remote_code=True).get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and not hasattr(config, "rope_parameters") and args.data.max_len > limit:
-        raise UserError(f"--data.max_len {args.data.max_len} is more than the {limit} positions of {path}: lower it")
-
-
 def check_readers(
-    args: Namespace, path: str, config: object, shaping: ShapingConfig, *, runs_here: bool = True
+    args: Namespace, path: str, config: PretrainedConfig, shaping: ShapingConfig, *, runs_here: bool = True
 ) -> None:
     """A reward model of this structure can be read as the method needs; no weights are read."""
     needs = methods.load(shaping.method).needs & {"attention", "prefix"} if shaping.dense else frozenset()
     if not needs:
         return
-    skeleton = _skeleton(args, "reward.model_name_or_path", path, config, runs_here)
+    skeleton = model_files.skeleton(args, "--reward.model_name_or_path", path, config, runs_here=runs_here)
     if "prefix" in needs:
         check_causal(skeleton)
     about = {"layer": shaping.layer, "recovery": shaping.recovery, "heads": shaping.head_list}
@@ -136,18 +166,18 @@ def check_readers(
 
 def check_policy(args: Namespace, shaping: ShapingConfig, *, runs_here: bool = True) -> None:
     """The policy's attention can be read, where the method needs it."""
-    need, path = policy_need(shaping), option(args, "actor.model_name_or_path")
+    need, path = policy_need(shaping), args.actor.model_name_or_path
     if need is None:
         return
-    if option(args, "ds.ring_attn_size") > 1:
+    if args.ds.ring_attn_size > 1:
         raise UserError(
             f"--reward_shaping {shaping.method} reads the policy's attention over whole sequences, which "
-            f"{flag(args, 'ds.ring_attn_size')} {option(args, 'ds.ring_attn_size')} splits; leave that out, or use abc"
+            f"--ds.ring_attn_size {args.ds.ring_attn_size} splits; leave that out, or use abc"
         )
-    name = flag(args, "actor.model_name_or_path")
+    flag = "--actor.model_name_or_path"
     try:
-        path = adapter_base(path) or path
-        skeleton = _skeleton(args, "actor.model_name_or_path", path, _config(name, path), runs_here)
+        path = model_files.adapter_base(path) or path
+        skeleton = model_files.skeleton(args, flag, path, model_files.read_config(flag, path), runs_here=runs_here)
         attach(skeleton, layer=shaping.layer, recovery=shaping.recovery).close()
     except UserError as error:
         raise UserError(f"--reward_shaping {shaping.method} reads the policy {path}: {error}") from None
@@ -155,7 +185,7 @@ def check_policy(args: Namespace, shaping: ShapingConfig, *, runs_here: bool = T
 
 def _other_tokenizer(args: Namespace, shaping: ShapingConfig, name: str, path: str, differences: list[str]) -> None:
     """What ``--shaping.tokenizer_check`` says to a model that reads text otherwise than the policy."""
-    policy = option(args, "actor.model_name_or_path")
+    policy = args.actor.model_name_or_path
     is_reward = path in reward_models(args)
     difference = differences[0] + (f" (and {len(differences) - 1} more)" if len(differences) > 1 else "")
     if shaping.tokenizer_check == "off":
@@ -171,142 +201,95 @@ def _other_tokenizer(args: Namespace, shaping: ShapingConfig, name: str, path: s
         )
     else:
         print(f"abc_plugin: {name} {path} reads the text in its own tokens: {difference}")
-        if option(args, "critic.model_name_or_path") == path:
+        if args.critic.model_name_or_path == path:
             # The host's default is the reward model, which cannot read the policy's ids.
-            set_option(args, "critic.model_name_or_path", policy)
+            args.critic.model_name_or_path = policy
             print(f"abc_plugin: the critic starts from the policy {policy}, whose tokens it reads")
 
 
 def _side(args: Namespace, name: str, path: str) -> Side:
     try:
-        return side(path, use_fast=not option(args, "data.disable_fast_tokenizer"))
+        return side(path, use_fast=not args.data.disable_fast_tokenizer)
     except UserError as error:
         raise UserError(f"{name} {error}") from None
 
 
-def _skeleton(args: Namespace, model: str, path: str, config: object, runs_here: bool) -> PreTrainedModel:
-    """A model of this structure without weights, under the attention implementation that the run uses."""
-    implementation = option(args, "ds.attn_implementation")
-    try:
-        with torch.device("meta"):
-            skeleton = AutoModel.from_config(
-                config, attn_implementation=implementation if runs_here else "eager", trust_remote_code=True
-            )
-    except (ValueError, ImportError) as error:
-        raise UserError(
-            f"{flag(args, model)} {path} does not run under "
-            f"{flag(args, 'ds.attn_implementation')} {implementation}: {str(error).split('. ')[0]}"
-        ) from None
-    skeleton.config._attn_implementation = implementation  # a driver's machine need not be able to run the kernels
-    return skeleton
+def preflight(args: Namespace, shaping: ShapingConfig) -> None:
+    """Check models, heads, tokenizers and the attention tap from files alone.
+
+    With a remote reward there is no reward model here; its replies are checked when they come. Models that are not on
+    this machine are checked by the reward model's worker before it loads (``args.shaping_checked`` is False then).
+    Raises UserError as ``check_models``, and for settings that a remote reward cannot heed.
+    """
+    refuse_on_ray(args, shaping)
+    for source in ("reward.remote_url", "train.agent_func_path"):
+        if attrgetter(source)(args):
+            check_method(args, shaping, remote=f"--{source}")
+            _remote(f"--{source}", shaping)
+            if not model_files.is_absent(args.actor.model_name_or_path):
+                check_policy(args, shaping, runs_here=False)
+            return
+    paths = [args.actor.model_name_or_path, args.critic.model_name_or_path, *reward_models(args)]
+    absent = [path for path in paths if path and model_files.is_absent(path)]
+    args.shaping_checked = not absent
+    if absent and shaping.tokenizer_check == "map":
+        raise UserError(f"--shaping.tokenizer_check map needs the models on the driver's machine too: {absent[0]}")
+    if absent:
+        print(f"abc_plugin: not on this machine, so checked by the worker that loads it: {', '.join(absent)}")
+    else:
+        check_models(args, shaping, _prompts(args), runs_here=False)
 
 
-def is_absent(path: str) -> bool:
-    """Whether ``path`` names a directory, rather than a model of the hub, and it is not on this machine."""
-    return not Path(path).expanduser().is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1)
-
-
-def _config(name: str, path: str) -> object:
-    if is_absent(path):
-        raise UserError(f"{name} {path}: no such directory")
-    if base := adapter_base(path):
-        raise UserError(f"{name} {path} is a LoRA adapter of {base}; merge it into that first")
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} {path} is not a Hugging Face model: {str(error).splitlines()[0]}") from None
-
-
-def check_reward_head(args: Namespace, path: str, config: object) -> None:
-    """Without its head in the checkpoint, transformers would give the reward model a random one and only warn."""
-    name = flag(args, "reward.model_name_or_path")
-    prefix = getattr(config, "value_head_prefix", option(args, "ds.value_head_prefix"))
-    if f"{prefix}.weight" not in _weight_names(name, path):
-        raise UserError(
-            f"{name} {path} has no weight {prefix}.weight: it is no reward model, or its scalar head has another "
-            f"name, which {flag(args, 'ds.value_head_prefix')} can give"
-        )
-
-
-def _weight_names(name: str, path: str) -> set[str]:
-    """Names of a checkpoint's tensors, of a directory or from the hub. Raises UserError when it has no weights."""
-    readers = {
-        SAFE_WEIGHTS_INDEX_NAME: _indexed,
-        SAFE_WEIGHTS_NAME: _in_safetensors,
-        WEIGHTS_INDEX_NAME: _indexed,
-        WEIGHTS_NAME: lambda file: set(torch.load(file, map_location="meta", weights_only=True)),
-    }
-    for file_name, read in readers.items():
-        file = cached_file(
-            path,
-            file_name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        if file is not None:
-            return read(file)
-    raise UserError(f"{name} {path} has no weights ({SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}); save the model there")
-
-
-def _indexed(file: str) -> set[str]:
-    return set(json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"])
-
-
-def _in_safetensors(file: str) -> set[str]:
-    with safe_open(file, "pt") as tensors:
-        return set(tensors.keys())
-
-
-def check_data(args: Namespace) -> Dataset:
-    """The prompts can be read and fill the batches of a step. Returns them."""
-    data = read_data(args)
-    count = len(data)
-    rollout, train = args.rollout, args.train
-    samples = min(count, rollout.batch_size) * rollout.n_samples_per_prompt
-    if samples < train.batch_size:  # the host would drop the incomplete batch and never update
-        raise UserError(
-            f"a rollout has {samples} completions (--rollout.batch_size {rollout.batch_size}, "
-            f"--rollout.n_samples_per_prompt {rollout.n_samples_per_prompt}, {count} prompts), fewer than "
-            f"--train.batch_size {train.batch_size}: raise the former or lower the latter"
-        )
-    if rollout.temperature <= 0:
-        raise UserError(f"--rollout.temperature {rollout.temperature}: PPO needs sampled completions; use 1.0")
-    return data
-
-
-def quiet_strategy(args: Namespace) -> SimpleNamespace:
-    """What the host's dataset functions want of a strategy, without its output."""
-    return SimpleNamespace(print=lambda *_: None, is_rank_0=lambda: False, args=args)
-
-
-def read_data(args: Namespace) -> Dataset:
-    """The prompt dataset as the host reads it; refuses a missing key and a prompt that is empty or no text."""
-    data_args = args.data
-    source = f"--data.prompt_dataset {data_args.prompt_dataset}"
-    try:
-        data = blending_datasets(
-            data_args.prompt_dataset,
-            data_args.prompt_probs,
-            quiet_strategy(args),
-            args.train.seed,
-            max_count=data_args.max_samples,
-            dataset_split=data_args.prompt_split,
-        )
-    except Exception as error:  # datasets raises many kinds; each means the same to the user
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        split = f"split {data_args.prompt_split!r}"
-        raise UserError(f"{source} ({split}) cannot be read: {reason}") from None
-    for name, key in (("input", data_args.input_key), ("label", data_args.label_key)):
-        if key and key not in data.column_names:
-            raise UserError(f"{source} has no key {key!r}, only {', '.join(data.column_names)}; set --data.{name}_key")
-    data = data.select(range(min(data_args.max_samples, len(data))))
-    for row, prompt in enumerate(data[data_args.input_key], start=1):
-        where = f"in row {row} (key {data_args.input_key!r})"
-        if prompt is None or prompt == [] or (isinstance(prompt, str) and not prompt.strip()):
-            raise UserError(f"{source} has an empty prompt {where}; remove the row")
-        if not isinstance(prompt, str) and not (isinstance(prompt, list) and data_args.apply_chat_template):
+def _remote(source: str, shaping: ShapingConfig) -> None:
+    default = ShapingConfig()
+    heeded = ("layer", "recovery") if policy_need(shaping) else ()
+    for field in dataclasses.fields(shaping):
+        given = getattr(shaping, field.name)
+        if field.name in SCORERS and field.name not in heeded and given != getattr(default, field.name):
             raise UserError(
-                f"{source} has a prompt that is no text {where}: {str(prompt)[:60]}; give strings, or lists of "
-                "messages with --data.apply_chat_template"
+                f"{field.metadata['flag']} {given} means nothing with {source}: it is the business of whoever scores "
+                "(abc-rlhf serve-rm takes --shaping.layer, --shaping.heads and --shaping.recovery)"
             )
-    return data
+    if shaping.dense and "attention" in methods.load(shaping.method).needs:
+        print(
+            f"abc_plugin: {source} is set: --reward_shaping {shaping.method} needs credit_spans in every reply "
+            "(abc-rlhf serve-rm sends them); a reply without ends the run"
+        )
+
+
+def _prompts(args: Namespace) -> list[str]:
+    """Some prompts for both tokenizers to read, where they lie in a file on this machine."""
+    if not Path(args.data.prompt_dataset or "").is_file():
+        return []
+    return [prompt for prompt in model_files.read_data(args)[args.data.input_key][:READ] if isinstance(prompt, str)]
+
+
+def refuse_adapter(args: Namespace) -> None:
+    """Raises UserError where the policy to train is itself an adapter."""
+    path = args.actor.model_name_or_path
+    if base := model_files.adapter_base(path):
+        raise UserError(
+            f"--actor.model_name_or_path {path} is a LoRA adapter of {base}; train that, or the merged "
+            "model that --local.merge_adapter writes beside an adapter"
+        )
+
+
+def refuse_on_ray(args: Namespace, shaping: ShapingConfig) -> None:
+    """Raises UserError for adapters and 4-bit policies on Ray: the host sends their parameters to vLLM as they are."""
+    for name, sent in (("ds.lora.rank", "the adapter's own parameters"), ("ds.load_in_4bit", "packed 4-bit weights")):
+        if value := attrgetter(name)(args):
+            raise UserError(
+                f"--{name} {value} does not work on Ray: OpenRLHF sends vLLM {sent}, which it "
+                "cannot load; use abc-rlhf local"
+            )
+    if shaping.train_layers:
+        raise UserError(f"--local.train_layers {shaping.train_layers} means nothing on Ray; use abc-rlhf local")
+    refuse_without_lora(shaping, "on Ray; leave it out, or use abc-rlhf local")
+    refuse_adapter(args)
+
+
+def refuse_without_lora(shaping: ShapingConfig, why: str) -> None:
+    """Raises UserError for settings of adapters; ``why`` ends the sentence "--local.x means nothing …"."""
+    for name in ("share_base", "merge_adapter"):
+        if getattr(shaping, name):
+            raise UserError(f"--local.{name} means nothing {why}")

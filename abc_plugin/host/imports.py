@@ -15,7 +15,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from abc_plugin.errors import UserError
-from abc_plugin.host.contract import refuse_broken_host
+from abc_plugin.host.contract import check_signatures, check_version
 
 # What OpenRLHF imports at module level from packages that one process without vLLM never calls.
 OPTIONAL = {
@@ -95,7 +95,7 @@ def import_host(*, local: bool = True) -> None:
     missing = [name for name in (*wanted, "openrlhf") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"not installed: {', '.join(missing)}; run bash launch/environment.sh, or pip install them")
-    refuse_broken_host(local=local)
+    check_version(local=local)
     without_cuda()
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel("ERROR")  # kernels that nothing here asks for
     for name in wanted:
@@ -104,7 +104,7 @@ def import_host(*, local: bool = True) -> None:
     importlib.import_module("datasets").disable_progress_bars()
     with optional_packages():
         importlib.import_module("openrlhf.cli.train_ppo_ray")
-        importlib.import_module("openrlhf.trainer.ppo_trainer")
+        check_signatures(local=local)
     if not torch.cuda.is_available():
         strategy = importlib.import_module("openrlhf.utils.deepspeed.deepspeed")
         strategy.init_device_mesh = lambda _device, *args, **kwargs: init_device_mesh("cpu", *args, **kwargs)
@@ -122,10 +122,11 @@ def import_cluster_host(*, on_cpu: bool) -> None:
             f"not installed: {', '.join(missing)}; pip install 'openrlhf[vllm]', or to try it on a CPU bash "
             "launch/environment.sh ray and use .venv-ray/bin/abc-rlhf"
         )
-    refuse_broken_host()
+    check_version()
     if on_cpu:
         importlib.import_module("abc_plugin.host.on_cpu").worker_setup()
     try:
         importlib.import_module("openrlhf.cli.train_ppo_ray")
     except ImportError as error:
         raise UserError(f"OpenRLHF does not import here: {error}") from None
+    check_signatures()

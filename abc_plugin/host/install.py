@@ -15,22 +15,41 @@ from abc_plugin.config import ShapingConfig, add_flags, split_flags
 from abc_plugin.credit import methods
 from abc_plugin.credit.methods import policy_need
 from abc_plugin.errors import UserError
-from abc_plugin.host.contract import refuse_broken_host
-from abc_plugin.host.ray_actors import as_actor
+from abc_plugin.host.contract import check_signatures, check_version
 
 # The host's name, and the subclass that takes its place.
 REBOUND = (
     ("openrlhf.trainer.ray.launcher.RewardModelActor", "abc_plugin.host.worker.CreditRewardModel"),
-    ("openrlhf.trainer.ray.ppo_critic.CriticModelActor", "abc_plugin.host.normalisation.RestoredCritic"),
+    ("openrlhf.trainer.ray.ppo_critic.CriticModelActor", "abc_plugin.host.worker.RestoredCritic"),
     ("openrlhf.trainer.ppo_trainer.PPOTrainer", "abc_plugin.host.trainers.CreditPPOTrainer"),
     ("openrlhf.trainer.ppo_trainer_async.TrainingActor", "abc_plugin.host.trainers.CreditTrainingActor"),
     ("openrlhf.trainer.ppo_trainer_async.PPOTrainerAsync", "abc_plugin.host.trainers.CreditPPOTrainerAsync"),
 )
 # Only for methods that need the policy's attention: without one the policy's worker is the host's.
-FOR_POLICY = ("openrlhf.trainer.ray.ppo_actor.PolicyModelActor", "abc_plugin.host.policy_worker.CreditPolicyModel")
+FOR_POLICY = ("openrlhf.trainer.ray.ppo_actor.PolicyModelActor", "abc_plugin.host.worker.CreditPolicyModel")
 GET_STRATEGY = "openrlhf.utils.utils.get_strategy"
 
 _undo: list[tuple[object, str, object]] = []  # (module, name, the host's object), in the order of rebinding
+
+
+def undecorated(actor_class: type) -> type:
+    """The plain class behind ``@ray.remote``, which has no subclasses; one that is not decorated as it is."""
+    metadata = getattr(actor_class, "__ray_metadata__", None)
+    return actor_class if metadata is None else metadata.modified_class
+
+
+def as_actor(subclass: type, like: type) -> type:
+    """``subclass`` decorated with the options of ``like``, e.g. its GPU share.
+
+    Workers unpickle the subclass by reference, so it must stand at the top level of a module that they can import.
+    Raises UserError when ``like`` is no Ray actor class.
+    """
+    if not hasattr(like, "__ray_metadata__"):
+        raise UserError(f"{like.__module__}.{like.__name__} is no Ray actor class: this OpenRLHF is not supported")
+    import ray
+
+    options = like._default_options  # private, as __ray_metadata__ above: Ray has no public way to subclass an actor
+    return ray.remote(**options)(subclass) if options else ray.remote(subclass)
 
 
 def install(shaping: ShapingConfig | None = None) -> list[str]:
@@ -44,7 +63,8 @@ def install(shaping: ShapingConfig | None = None) -> list[str]:
     Raises UserError when this version of OpenRLHF is not supported or not what the plugin was written against.
     """
     uninstall()
-    refuse_broken_host()
+    check_version()
+    check_signatures()
     if shaping is not None:
         methods.load(shaping.method)
     wanted = (*REBOUND, FOR_POLICY) if shaping is None or policy_need(shaping) else REBOUND
@@ -102,7 +122,7 @@ def _rebind(stock: object, ours: object) -> None:
 def _carrying(shaping: ShapingConfig, stock: object) -> object:
     def get_strategy(args: Namespace) -> object:
         if getattr(args, "shaping", None) is None:
-            from abc_plugin.host.preflight import preflight
+            from abc_plugin.host.checks import preflight
 
             preflight(args, shaping)
             args.shaping = shaping

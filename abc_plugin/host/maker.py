@@ -3,44 +3,55 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
-from unittest import mock
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from openrlhf.trainer.ppo_utils import experience_maker as host
+from openrlhf.models.utils import compute_reward
 from openrlhf.trainer.ppo_utils.experience import Experience
+from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from torch import Tensor
 
+from abc_plugin.config import ShapingConfig
 from abc_plugin.credit import methods
 from abc_plugin.credit.metrics import credit_metrics, mean_disagreement, negative_share, without_attention
+from abc_plugin.credit.redistribute import last_action
+from abc_plugin.credit.shaping import Shaped, dropped, shape
 from abc_plugin.errors import CreditError
-from abc_plugin.host.credited import shape_batch, special_actions
-from abc_plugin.host.options import flag
-from abc_plugin.host.policy_worker import PolicyBatch
-from abc_plugin.host.worker import ScoredBatch
-from abc_plugin.text import remote_credit
+from abc_plugin.host.worker import EvidenceBatch
+from abc_plugin.text.remote_credit import CREDIT, attention_row
+from abc_plugin.text.segments import segment_ends
 
 
-class CreditExperienceMaker(host.RemoteExperienceMaker):
+class RewardParts(NamedTuple):
+    """What one experience's per-token reward consists of."""
+
+    score_B: Tensor  # as scored, before the host's length penalties, baseline and clipping
+    credit_BA: Tensor  # the method's, in any unit; its sign is kept where the method is signed
+    shaped_BA: Tensor  # reward units, without the KL penalty
+    penalty_BA: Tensor  # reward units
+    value_BA: Tensor | None  # the critic's
+
+
+class CreditExperienceMaker(RemoteExperienceMaker):
     """OpenRLHF's experience maker with ``--reward_shaping``.
 
-    Evidence comes back with the reward, is split off in ``_flatten_results`` and kept on its experience; the attention
-    of a remote reward comes as spans over the text. The credit made of it replaces the final reward inside the host's
-    ``compute_reward``, after the host's baselines, penalties and clipping, so that the return is unchanged. No host
-    method is copied; with ``none`` or beta 0 the host's own runs untouched.
+    Evidence comes back with the workers' outputs and is kept on its experience; the attention of a remote reward comes
+    as spans over the text. The host, after its baselines, penalties and clipping, hands each experience's reward to
+    one of the two methods that make returns of it; there credit takes the reward's place, so that the return is
+    unchanged. With ``none`` or beta 0 the host's own tensors pass through untouched.
     """
 
-    parts: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None  # rewards' parts by mask, while records.py asks
+    recorder: Any = None  # host.recorder.Recorder, or None where nothing is recorded
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self.shaping = self.args.shaping
         self.method = methods.load(self.shaping.method)
         self.announced = False
-        self._scored: list[ScoredBatch] = []
-        self._from_policy: list[dict[str, Tensor]] = []
-        self._spans: dict[int, Tensor] = {}
+        self._received: list[list[EvidenceBatch]] = []  # by group of workers, in the order of the experiences
+        self._waiting: list[Experience] = []  # whose reward the host has not asked for yet
+        self._parts: list[RewardParts] = []
 
     @property
     def text_tokenizer(self) -> Any:
@@ -53,9 +64,9 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
 
         Raises CreditError naming the sample.
         """
-        resume = flag(self.args, "ckpt.load_enable")
-        remote_credit.check_rewards(rollout_samples, from_rollout=self.reward_model_group is None, resume=resume)
-        self._spans = remote_credit.take_spans(rollout_samples)
+        _check_rewards(rollout_samples, from_rollout=self.reward_model_group is None)
+        # Spans by sample; what stays in info is logged as a number.
+        self._spans = {i: one.info.pop(CREDIT) for i, one in enumerate(rollout_samples) if CREDIT in one.info}
         experiences = super().make_experience_batch(rollout_samples)
         if self.shaping.dense:
             if not all("credit_entropy" in experience.info for experience in experiences):
@@ -63,22 +74,25 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
             if not self.announced:
                 print(f"abc_plugin: {_arrival(experiences)}", flush=True)
                 self.announced = True
+        if self._recording:
+            self.recorder.record(experiences, self._parts)
         return experiences
 
-    def _flatten_results(self, refs: list, duplicate_factor: int) -> list:
-        results = super()._flatten_results(refs, duplicate_factor)
-        if results and isinstance(results[0], ScoredBatch):
-            self._scored = results
-            return [scored.reward_B for scored in results]
-        if results and isinstance(results[0], PolicyBatch):
-            self._from_policy = [batch.evidence for batch in results]
-            return [batch.action_log_probs_BA for batch in results]
-        return results
+    @property
+    def _recording(self) -> bool:
+        return self.recorder is not None and self.recorder.due
 
     def _dispatch_forward(self, group: object, sync_condition: bool, **batches: list) -> list:
         if group is self.reward_model_group and self.shaping.tokenizer_check == "map":
             batches |= self._for_mapping
         return super()._dispatch_forward(group, sync_condition, **batches)
+
+    def _flatten_results(self, refs: list, duplicate_factor: int) -> list:
+        results = super()._flatten_results(refs, duplicate_factor)
+        if not (results and isinstance(results[0], EvidenceBatch)):
+            return results
+        self._received.append(results)
+        return [batch.output for batch in results]
 
     @torch.no_grad()
     def make_experience(self, samples_list: list[Experience]) -> list[Experience]:
@@ -87,25 +101,25 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
         ``evidence`` is a list with one entry per reward model: a need's name -> (B, S) over the whole sequence.
         Raises CreditError when the reward came without it.
         """
-        self._scored, self._from_policy = [], []
+        self._received = []
         self._for_mapping = {
             "action_mask": [samples.action_mask for samples in samples_list],
             "prompts": [samples.prompts for samples in samples_list],
         }
         experiences = super().make_experience(samples_list)
-        if self._scored and len(self._scored) != len(experiences):
-            raise CreditError(f"{len(self._scored)} batches of evidence for {len(experiences)} experiences")
-        for experience, scored in zip(experiences, self._scored, strict=False):
-            experience.info |= scored.info
-        if self.shaping.dense:
-            for row, experience in enumerate(experiences):
-                experience.evidence = self._scored[row].evidence if self._scored else self._remote(experience)
-                if self._from_policy:
-                    experience.evidence = [member | self._from_policy[row] for member in experience.evidence]
+        for batches in self._received:
+            if len(batches) != len(experiences):
+                raise CreditError(f"{len(batches)} batches of evidence for {len(experiences)} experiences")
+        for row, experience in enumerate(experiences):
+            batches = [received[row] for received in self._received]
+            for batch in batches:
+                experience.info |= batch.info
+            if self.shaping.dense:
+                experience.evidence = _by_member([batch.evidence for batch in batches])
+                if "attention" in self.method.needs and not any("attention" in one for one in experience.evidence):
+                    remote = {"attention": self._remote_rows(experience)}
+                    experience.evidence = [one | remote for one in experience.evidence]
         return experiences
-
-    def _remote(self, experience: Experience) -> list[dict[str, Tensor]]:
-        return [{"attention": self._remote_rows(experience)} if "attention" in self.method.needs else {}]
 
     def _remote_rows(self, experience: Experience) -> Tensor:
         """Weights (B, S) from the spans that came with the rewards; counts what had to be moved."""
@@ -115,13 +129,12 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
             if index not in self._spans:
                 raise CreditError(
                     f"--reward_shaping {self.shaping.method}: the reward of sample {index} came without credit. Its "
-                    f"attention is known where {flag(self.args, 'reward.model_name_or_path')} scores, or a server "
-                    "started by abc-rlhf serve-rm, or a reward function that returns "
-                    f'extra_logs["{remote_credit.CREDIT}"]; a rule has none: use --reward_shaping uniform, '
-                    "abc_d or none"
+                    "attention is known where --reward.model_name_or_path scores, or a server started by abc-rlhf "
+                    f'serve-rm, or a reward function that returns extra_logs["{CREDIT}"]; a rule has none: use '
+                    "--reward_shaping uniform, abc_d or none"
                 )
             real = experience.attention_mask[row].bool()
-            row_BS[row, real], share = remote_credit.attention_row(
+            row_BS[row, real], share = attention_row(
                 self._spans[index], experience.sequences[row, real], self.text_tokenizer, f"sample {index}"
             )
             acts = experience.action_mask[row].bool()
@@ -136,34 +149,89 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
 
     @torch.no_grad()
     def compute_advantages_and_returns(self, experiences: list[Experience]) -> list[Experience]:
-        """The host's method, with its ``compute_reward`` replaced for the length of the call.
+        """The host's method, which hands every experience's reward to one of the two methods below, in order.
 
-        Raises CreditError when an experience has no evidence, when evidence or a reward is not usable, or when the
-        host does not ask for the reward of every experience exactly once.
+        Raises CreditError when evidence or a reward is missing or not usable, or when the host does not ask for the
+        return of every experience exactly once.
         """
-        if not self.shaping.dense:
+        self._parts = []
+        if not self.shaping.dense and not self._recording:
             return super().compute_advantages_and_returns(experiences)
-        # The host hands compute_reward the experience's own action_mask object: that ties credit to experience.
-        waiting = {id(experience.action_mask): (experience, self._members(experience)) for experience in experiences}
-        stock = host.compute_reward
-
-        def compute_reward(
-            r: Tensor, kl_coef: float, kl: Tensor, action_mask: Tensor, reward_clip_range: tuple
-        ) -> Tensor:
-            if id(action_mask) not in waiting:
-                raise CreditError("OpenRLHF asked for the reward of an experience without credit, or asked twice")
-            experience, members = waiting.pop(id(action_mask))
-            return self._shaped_reward(stock, experience, members, r, kl_coef, kl, reward_clip_range)
-
-        with mock.patch.object(host, "compute_reward", compute_reward):
-            experiences = super().compute_advantages_and_returns(experiences)
-        if waiting:
-            raise CreditError(f"OpenRLHF skipped the reward of {len(waiting)} experiences: their credit is lost")
+        if self.shaping.dense:
+            for experience in experiences:
+                _check_finite("the reward", experience.rewards, experience)
+                experience.kl = experience.kl.float()  # the host gives the reward the penalty's dtype
+        # The host changes the rewards in place.
+        self._scores = [experience.info.get("reward", experience.rewards).clone() for experience in experiences]
+        self._waiting = list(experiences)
+        experiences = super().compute_advantages_and_returns(experiences)
+        if self._waiting:
+            raise CreditError(f"OpenRLHF skipped the reward of {len(self._waiting)} experiences: their credit is lost")
         return experiences
 
+    def get_advantages_and_returns(
+        self, values: Tensor, rewards: Tensor, action_mask: Tensor, gamma: float, lambd: float
+    ) -> tuple[Tensor, Tensor]:
+        """The host's generalised advantages (``gae``) of the shaped reward."""
+        shaped_BA = self._shaped(rewards, action_mask, values)
+        return super().get_advantages_and_returns(values, shaped_BA, action_mask, gamma, lambd)
+
+    def get_cumulative_returns(self, rewards: Tensor, action_mask: Tensor, gamma: float) -> Tensor:
+        """The host's discounted sums (every estimator without a critic) of the shaped reward."""
+        return super().get_cumulative_returns(self._shaped(rewards, action_mask), action_mask, gamma)
+
+    def _shaped(self, reward_BA: Tensor, action_mask_BA: Tensor, value_BA: Tensor | None = None) -> Tensor:
+        """Credit plus KL penalty (B, A), in place of the host's ``reward_BA``: final reward plus KL penalty."""
+        if not self.shaping.dense and not self._recording:
+            return reward_BA
+        if not self._waiting or self._waiting[0].action_mask is not action_mask_BA:
+            raise CreditError("OpenRLHF asked for the return of an experience out of turn, or asked twice")
+        experience, score_B = self._waiting.pop(0), self._scores[len(self._parts)]
+        final_B, penalty_BA = self._split(experience, reward_BA)
+        if self.shaping.dense:
+            credit_BA, shaped_BA = self._redistribute(experience, final_B)
+        else:
+            credit_BA = last_action(action_mask_BA)
+            shaped_BA = credit_BA * final_B[:, None]
+        self._parts.append(RewardParts(score_B, credit_BA, shaped_BA, penalty_BA, value_BA))
+        return shaped_BA + penalty_BA if self.shaping.dense else reward_BA
+
+    def _split(self, experience: Experience, reward_BA: Tensor) -> tuple[Tensor, Tensor]:
+        """The final reward (B,), after baseline and clipping, and the KL penalty (B, A) of the host's reward.
+
+            reward[b,t] = final[b]·[t == last action of b] + penalty[b,t]           (host: models/utils.py)
+
+        The penalty is the host's own of a reward of 0; the difference is taken in double, so that the parts add up to
+        what the host passed. A response without actions has no final reward.
+        Raises CreditError where a reward stands elsewhere: then the host does not work as assumed.
+        """
+        mask_BA = experience.action_mask
+        if self.shaping.dense:
+            _check_finite("the KL penalty (the policy or the reference has diverged)", experience.kl, experience)
+        zero_B = torch.zeros(len(mask_BA), dtype=reward_BA.dtype)
+        penalty_BA = compute_reward(zero_B, self.kl_ctl.value, experience.kl, mask_BA, None)
+        last_BA, acts_B = last_action(mask_BA).bool(), mask_BA.bool().any(1)
+        before_BA = ~last_BA & acts_B[:, None]
+        if not torch.allclose(reward_BA[before_BA], penalty_BA[before_BA], rtol=0, atol=0, equal_nan=True):
+            raise CreditError("OpenRLHF's reward is not the final reward plus the KL penalty: unsupported version")
+        final_BA = (reward_BA.double() - penalty_BA.double()).where(last_BA, 0.0)
+        return final_BA.sum(1).to(reward_BA.dtype), penalty_BA
+
+    def _redistribute(self, experience: Experience, final_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Credit by the method, and the shaped reward, each (B, A); notes the metrics on the experience."""
+        mask_BA, members = experience.action_mask, self._members(experience)
+        shaped = shape_batch(self.shaping, self.method, members, final_B, self.text_tokenizer, self.shaping.beta)
+        special_BA = special_actions(self.text_tokenizer, experience.sequences)
+        experience.info |= credit_metrics(shaped.share_BA, shaped.reward_BA, final_B, mask_BA, special_BA)
+        if self.method.weights is None:
+            experience.info["credit_negative_share"] = negative_share(shaped.credit_BA)
+        if len(members) > 1:
+            apart_B = mean_disagreement(shaped.disagreement_BA, shaped.share_BA)
+            experience.info["credit_disagreement"] = apart_B
+        return (shaped.credit_BA if self.method.weights is None else shaped.share_BA), shaped.reward_BA
+
     def _members(self, experience: Experience) -> list[methods.Evidence]:
-        """What the method needs, by reward model; takes it off the experience."""
-        _check_finite("the reward", experience.rewards, experience)
+        """What the method needs, by reward model; takes it off the experience, which goes into the replay buffer."""
         return [self._evidence(experience, member) for member in vars(experience).pop("evidence", [{}])]
 
     def _evidence(self, experience: Experience, member: dict[str, Tensor]) -> methods.Evidence:
@@ -172,8 +240,8 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
         for name in sorted(self.method.needs):
             row_BS = member.get(name)
             if row_BS is None or row_BS.shape != experience.sequences.shape:
-                found = "none" if row_BS is None else tuple(row_BS.shape)
-                raise CreditError(f"{name} row {found} for sequences of shape {tuple(experience.sequences.shape)}")
+                shape_ = "none" if row_BS is None else tuple(row_BS.shape)
+                raise CreditError(f"{name} row {shape_} for sequences of shape {tuple(experience.sequences.shape)}")
             _check_finite(f"the {name}", row_BS, experience)
             if name == "prefix":  # a prompt of one token lies before the actions: the others count from its score
                 row_BS = row_BS - row_BS[:, :1] * experience.action_mask[:, :1]
@@ -184,33 +252,64 @@ class CreditExperienceMaker(host.RemoteExperienceMaker):
             experience.info["credit_without_attention"] = torch.maximum(without_B, others_B)
         return methods.Evidence(experience.sequences, experience.action_mask, **rows_BA)
 
-    def _shaped_reward(
-        self,
-        stock: Callable,
-        experience: Experience,
-        members: list[methods.Evidence],
-        reward_B: Tensor,
-        kl_coef: float,
-        kl_BA: Tensor,
-        clip_range: tuple,
-    ) -> Tensor:
-        """Credit plus the host's KL penalty (B, A), fp32; both parts come from the host's own compute_reward."""
-        mask_BA, kl_BA = experience.action_mask, kl_BA.float()
-        _check_finite("the KL penalty (the policy or the reference has diverged)", kl_BA, experience)
-        penalty_BA = stock(torch.zeros_like(reward_B), kl_coef, kl_BA, mask_BA, None)
-        clipped_B = stock(reward_B, 0.0, torch.zeros_like(kl_BA), mask_BA, clip_range).sum(1)
-        shaped = shape_batch(self.shaping, self.method, members, clipped_B, self.text_tokenizer, self.shaping.beta)
-        special_BA = special_actions(self.text_tokenizer, experience.sequences)
-        experience.info |= credit_metrics(shaped.share_BA, shaped.reward_BA, clipped_B, mask_BA, special_BA)
-        if self.method.weights is None:
-            experience.info["credit_negative_share"] = negative_share(shaped.credit_BA)
-        if len(members) > 1:
-            apart_B = mean_disagreement(shaped.disagreement_BA, shaped.share_BA)
-            experience.info["credit_disagreement"] = apart_B
-        if self.parts is not None:
-            credit_BA = shaped.credit_BA if self.method.weights is None else shaped.share_BA
-            self.parts[id(mask_BA)] = (credit_BA, shaped.reward_BA, penalty_BA)
-        return shaped.reward_BA + penalty_BA
+
+def special_actions(tokenizer: Any, sequences_BS: Tensor) -> Tensor:
+    """Actions whose token is one of the tokenizer's special ones, bool (B, A)."""
+    return torch.isin(sequences_BS[:, 1:], torch.tensor(tokenizer.all_special_ids))
+
+
+def shape_batch(
+    shaping: ShapingConfig,
+    method: methods.Method,
+    members: Sequence[methods.Evidence],
+    reward_B: Tensor,
+    tokenizer: Any,
+    beta: float,
+) -> Shaped:
+    """``credit.shaping.shape`` with ``--shaping.drop``, ``--shaping.entropy_floor`` and ``--shaping.segment``."""
+    sequences_BS, mask_BA = members[0].sequences_BS, members[0].action_mask_BA
+    return shape(
+        method,
+        members,
+        reward_B,
+        beta=beta,
+        dropped_BA=dropped(shaping.dropped, mask_BA, special_actions(tokenizer, sequences_BS)),
+        entropy_floor=shaping.entropy_floor,
+        ends_BA=segment_ends(shaping.segment, tokenizer, sequences_BS, mask_BA),
+    )
+
+
+def _by_member(groups: list[list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
+    """Evidence of several groups of workers by reward model; a group's only entry, the policy's, is every model's."""
+    count = max(map(len, groups), default=1)
+    return [
+        {name: row for group in groups for name, row in group[member % len(group)].items()} for member in range(count)
+    ]
+
+
+def _check_rewards(samples: Sequence[Experience], *, from_rollout: bool) -> None:
+    """Refuse rollouts whose reward is missing, a list or not finite, before anything is computed from them.
+
+    Raises CreditError naming the sample. OpenRLHF itself logs a failed request and goes on without its reward, and
+    takes one element of a token-level reward.
+    """
+    for index, sample in enumerate(samples):
+        where = f"sample {index} of {len(samples)} (prompt {str(sample.prompts[0])[:60]!r})"
+        if sample.rewards is None:
+            if from_rollout:
+                raise CreditError(
+                    f"{where} came back without a reward: the reward server or function failed (its message is in the "
+                    "log of RolloutRayActor). Nothing was trained on this batch; mend it and go on with "
+                    "--ckpt.load_enable"
+                )
+        elif sample.rewards.numel() != 1:
+            raise CreditError(
+                f"{where} has a list of {sample.rewards.numel()} rewards: the host takes one scalar reward per "
+                "response and would keep a single element of a list. Return their sum under "
+                f'"rewards" and the tokens\' shares under extra_logs["{CREDIT}"] (see README)'
+            )
+        elif not torch.isfinite(sample.rewards).all():
+            raise CreditError(f"{where} has the reward {sample.rewards.item()}: nothing was trained on it")
 
 
 def _check_finite(what: str, value: Tensor, experience: Experience) -> None:

@@ -10,7 +10,6 @@ from abc_plugin.config import add_flags, split_flags
 from abc_plugin.credit import methods
 from abc_plugin.errors import CreditError, UserError, WorkerDied
 from abc_plugin.host.imports import import_cluster_host, import_host
-from abc_plugin.host.options import flag
 
 ON_CPU = "--on_cpu"
 
@@ -18,8 +17,8 @@ ON_CPU = "--on_cpu"
 def main(argv: list[str]) -> int:
     """Train; returns the exit status. Raises UserError for what can be refused before Ray is asked for a GPU."""
     args = parsed(argv)  # with --help the host's parser prints its part and ends here
+    from abc_plugin.host.checks import preflight
     from abc_plugin.host.install import install
-    from abc_plugin.host.preflight import preflight
 
     on_cpu, shaping = ON_CPU in argv, args.shaping
     preflight(args, shaping)
@@ -62,12 +61,12 @@ def _train(args: Namespace) -> int:
     try:
         importlib.import_module("openrlhf.cli.train_ppo_ray").train(args)
     except (ray.exceptions.RayTaskError, ray.exceptions.RayActorError) as error:
-        raise _cause(error, flag(args, "ckpt.load_enable")) from error
-    print(f"done: policy in {args.ckpt.output_dir if hasattr(args, 'ckpt') else args.save_path}")
+        raise _cause(error) from error
+    print(f"done: policy in {args.ckpt.output_dir}")
     return 0
 
 
-def _cause(error: Exception, resume: str) -> Exception:
+def _cause(error: Exception) -> Exception:
     """What a worker raised, without Ray's wrapping, where it is one of ours or a worker's death."""
     import ray
 
@@ -85,5 +84,5 @@ def _cause(error: Exception, resume: str) -> Exception:
         return ours[kind](reason) if kind in ours else WorkerDied(f"a Ray worker could not start: {lines[-1]}")
     return WorkerDied(
         f"a Ray worker died: {' '.join(lines)[:400]}. Nothing is trained on a half-finished step; go on from the last "
-        f"checkpoint with {resume} and the same flags (a process out of memory dies like this, too)"
+        f"checkpoint with --ckpt.load_enable and the same flags (a process out of memory dies like this, too)"
     )

@@ -5,38 +5,25 @@ Reads only: what the host computes is the same with it and without. See ``report
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import math
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 import numpy as np
 import torch
-from openrlhf.trainer.ppo_utils import experience_maker as host
 from openrlhf.trainer.ppo_utils.experience import Experience
 from torch import Tensor
 
-from abc_plugin.credit.redistribute import last_action
 from abc_plugin.errors import UserError
-from abc_plugin.host.options import option
+from abc_plugin.host.maker import RewardParts
 from abc_plugin.report.records import FILE, FLAG, Record, record_of
 from abc_plugin.report.samples import spread_over_ranks
 from abc_plugin.text.spans import token_texts
 
 PICTURED = 256  # tokens in TensorBoard's picture, of all its completions: it takes the run a second at most
-
-
-class Parts(NamedTuple):
-    """What one experience's reward consists of, each (B, A)."""
-
-    credit_BA: Tensor  # the method's, in any unit; its sign is kept where the method is signed
-    shaped_BA: Tensor  # reward units, without the KL penalty
-    penalty_BA: Tensor  # reward units
 
 
 class Recorder:
@@ -45,78 +32,44 @@ class Recorder:
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.shaping = trainer, trainer.args.shaping
         self.tokenizer = getattr(trainer.tokenizer, "tokenizer", trainer.tokenizer)  # a vision model's is inside
-        self.path = Path(option(trainer.args, "ckpt.output_dir")) / FILE
+        self.path = Path(trainer.args.ckpt.output_dir) / FILE
         self.run = datetime.now(UTC).isoformat(timespec="milliseconds")
         self.pictures = True
+        self.step = 0  # counted from 1; the trainer sets it
 
-    def due(self, step: int) -> bool:
-        """Whether completions of this step, counted from 1, are recorded here."""
+    @property
+    def due(self) -> bool:
+        """Whether completions of this step are recorded here."""
         every = self.shaping.show_every
-        return every > 0 and (step == 1 or step % every == 0) and self.trainer.strategy.is_rank_0()
-
-    @contextlib.contextmanager
-    def watching(self, step: int) -> Iterator[None]:
-        """While the host makes the step's experiences. Raises UserError when the file cannot be written."""
-        if not self.due(step):
-            yield
-            return
-        maker = self.trainer.experience_maker
-        stock = maker.compute_advantages_and_returns
-
-        def compute_advantages_and_returns(experiences: list[Experience]) -> list[Experience]:
-            scores = [experience.info.get("reward", experience.rewards).clone() for experience in experiences]
-            with self._parts(maker) as parts:
-                made = stock(experiences)
-            self.record(step, made, scores, [Parts(*parts[id(experience.action_mask)]) for experience in made])
-            return made
-
-        with mock.patch.object(maker, "compute_advantages_and_returns", compute_advantages_and_returns):
-            yield
-
-    @contextlib.contextmanager
-    def _parts(self, maker: Any) -> Iterator[dict]:
-        """Filled while the host asks for rewards: id of an action mask -> Parts; by the maker where it shapes them."""
-        parts: dict[int, tuple] = {}
-        stock = host.compute_reward
-
-        def compute_reward(
-            r: Tensor, kl_coef: float, kl: Tensor, action_mask: Tensor, reward_clip_range: tuple
-        ) -> Tensor:
-            reward_BA = stock(r, 0.0, torch.zeros_like(kl), action_mask, reward_clip_range)
-            penalty_BA = stock(torch.zeros_like(r), kl_coef, kl, action_mask, None)
-            parts[id(action_mask)] = (last_action(action_mask), reward_BA, penalty_BA)
-            return stock(r, kl_coef, kl, action_mask, reward_clip_range)
-
-        dense = self.shaping.dense
-        with mock.patch.object(*((maker, "parts", parts) if dense else (host, "compute_reward", compute_reward))):
-            yield parts
+        return every > 0 and (self.step == 1 or self.step % every == 0) and self.trainer.strategy.is_rank_0()
 
     @torch.no_grad()
-    def record(self, step: int, experiences: list[Experience], scores: list[Tensor], parts: list[Parts]) -> None:
+    def record(self, experiences: list[Experience], parts: list[RewardParts]) -> None:
         """Write ``--shaping.show_samples`` completions, at evenly spaced ranks of the score, best and worst in.
 
         Those whose score or shaped reward is NaN or infinite have no rank; a line says how many.
+        Raises UserError when the file cannot be written.
         """
         rows, lost = [], 0
-        for place, (experience, score_B) in enumerate(zip(experiences, scores, strict=True)):
-            fine_B = score_B.isfinite() & parts[place].shaped_BA.isfinite().all(1)
+        for batch, (experience, part) in enumerate(zip(experiences, parts, strict=True)):
+            fine_B = part.score_B.isfinite() & part.shaped_BA.isfinite().all(1)
             acting_B = experience.action_mask.any(1)
             lost += int((acting_B & ~fine_B).sum())
-            rows += [(score_B[row].item(), place, row) for row in (acting_B & fine_B).nonzero()[:, 0].tolist()]
+            rows += [(part.score_B[row].item(), batch, row) for row in (acting_B & fine_B).nonzero()[:, 0].tolist()]
         if lost:
-            print(f"abc_plugin: step {step}: {lost} rewards are NaN or infinite, not recorded", flush=True)
-        chosen = spread_over_ranks(rows, lambda found: found[0], self.shaping.show_samples)
-        general = {"run": self.run, "step": step, "method": self.shaping.method, "beta": self.shaping.beta}
+            print(f"abc_plugin: step {self.step}: {lost} rewards are NaN or infinite, not recorded", flush=True)
+        ranked = spread_over_ranks(rows, lambda row: row[0], self.shaping.show_samples)
+        general = {"run": self.run, "step": self.step, "method": self.shaping.method, "beta": self.shaping.beta}
         lines = [
-            general | self._line(experiences[place], row, parts[place]) | {"reward": _short(score)}
-            for _, (score, place, row) in chosen
+            general | self._line(experiences[batch], row, parts[batch]) | {"reward": _short(score)}
+            for _, (score, batch, row) in ranked
         ]
         if not lines:  # not one response has a token
             return
         self._append(lines)
-        self._track(step, [record_of(line) for line in lines])
+        self._track([record_of(line) for line in lines])
 
-    def _line(self, experience: Experience, row: int, parts: Parts) -> dict[str, Any]:
+    def _line(self, experience: Experience, row: int, parts: RewardParts) -> dict[str, Any]:
         acts_A = experience.action_mask[row].bool()
         first, last = (int(acts_A.nonzero()[at]) for at in (0, -1))
         real_S = experience.attention_mask[row].bool()
@@ -143,7 +96,7 @@ class Recorder:
             "credit": numbers(_shares(parts.credit_BA)),
             "shaped_reward": numbers(parts.shaped_BA),
             "kl_penalty": numbers(parts.penalty_BA),
-            "value": numbers(experience.values),
+            "value": numbers(parts.value_BA),
             "advantage": numbers(experience.advantages),
             "return": numbers(experience.returns),
         }
@@ -160,7 +113,7 @@ class Recorder:
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}; {FLAG} 0 records nothing") from None
 
-    def _track(self, step: int, records: list[Record]) -> None:
+    def _track(self, records: list[Record]) -> None:
         """A picture for TensorBoard, a page for W&B, where the host logs there."""
         board, wandb = self.trainer.tensorboard_logger, self.trainer.wandb_logger
         if board and self.pictures:
@@ -173,12 +126,12 @@ class Recorder:
                 self.pictures = False
             else:
                 picture = Image.open(io.BytesIO(draw(records, max(1, PICTURED // len(records))))).convert("RGB")
-                board.writer.add_image("completions/credit", np.asarray(picture), step, dataformats="HWC")
+                board.writer.add_image("completions/credit", np.asarray(picture), self.step, dataformats="HWC")
         if wandb:
             from abc_plugin.report.training import fragment
 
             page = wandb.handle.Html(fragment(records), inject=False)
-            wandb.handle.log({"train/completions": page, "train/global_step": step})
+            wandb.handle.log({"train/completions": page, "train/global_step": self.step})
 
 
 def _shares(credit_BA: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ from torch import Tensor
 from abc_plugin.config import ShapingConfig, add_flags, split_flags
 from abc_plugin.errors import UserError
 from abc_plugin.host.imports import import_host
-from abc_plugin.host.options import flag, option
 from abc_plugin.text.mapping import piece_spans
 
 CLI = "openrlhf.cli.serve_rm"
@@ -111,15 +110,14 @@ def main(argv: list[str]) -> int:
         raise UserError(f"not installed: {', '.join(missing)}; pip install fastapi uvicorn")
     import_host(local=False)
     proxy, args = _load(host_argv)
-    from abc_plugin.host import checks, normalisation
+    from abc_plugin.host.model_files import check_reward_head
+    from abc_plugin.host.worker import restore_normalisation
 
-    checks.check_reward_head(args, option(args, "reward.model_name_or_path"), proxy.reward_model.config)
-    if option(args, "reward.normalize_enable"):
-        print(f"abc_plugin: reward normalisation restored: {normalisation.restore(proxy.reward_model)}")
+    check_reward_head(args, args.reward.model_name_or_path, proxy.reward_model.config)
+    if args.reward.normalize_enable:
+        print(f"abc_plugin: reward normalisation restored: {restore_normalisation(proxy.reward_model)}")
     if not proxy.tokenizer.is_fast:
-        raise UserError(
-            f"a slow tokenizer gives no character offsets; leave {flag(args, 'data.disable_fast_tokenizer')} out"
-        )
+        raise UserError("a slow tokenizer gives no character offsets; leave --data.disable_fast_tokenizer out")
     server = CreditServer(proxy, shaping)
     url = f"http://{args.host}:{args.port}/get_reward"
     print(f"abc_plugin: {server.attention.describe()}; serving on {url}", flush=True)

@@ -1,33 +1,37 @@
-"""The reward model's worker: the score, and what credit is made of, from one forward."""
+"""OpenRLHF's workers with evidence: reward model and policy send back, from the forward that runs anyway, what credit
+is made of; the critic and the reward model keep their normalisation."""
 
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from openrlhf.trainer.ray.launcher import RewardModelActor
-from torch import Tensor
+from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
+from openrlhf.trainer.ray.ppo_critic import CriticModelActor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import AutoConfig
 
+from abc_plugin.attention import attach
+from abc_plugin.attention.positions import generating_rows
+from abc_plugin.attention.layers import unwrap
 from abc_plugin.attention.readers import attach_readers, record, rows
 from abc_plugin.credit import methods
-from abc_plugin.host import normalisation
+from abc_plugin.credit.methods import policy_need
 from abc_plugin.host.checks import check_models
-from abc_plugin.host.ensemble import mean_info, mean_score
-from abc_plugin.host.options import option
-from abc_plugin.host.ray_actors import undecorated
-from abc_plugin.local.quantised import keep_gradients_exact
+from abc_plugin.host.install import undecorated
 from abc_plugin.text.check import side
 from abc_plugin.text.compare import compare
 from abc_plugin.text.mapping import MappedBatch, map_batch
 
 
-class ScoredBatch(NamedTuple):
-    """What travels from the reward model to the experience maker, on the CPU."""
+class EvidenceBatch(NamedTuple):
+    """What travels from a worker to the experience maker in place of the host's tensor, on the CPU."""
 
-    reward_B: Tensor
+    output: Tensor  # the host's own: scores (B,) of a reward model, log-probabilities (B, A) of the policy
     evidence: list[dict[str, Tensor]]  # one per reward model: a need's name -> (B, S) over all positions, fp32
     info: dict[str, Tensor]  # metrics (B,)
 
@@ -36,8 +40,8 @@ class OwnTokens:
     """Reads the policy's sequences as text in the reward model's own tokens (``--shaping.tokenizer_check map``)."""
 
     def __init__(self, args: Namespace, reward_model: str) -> None:
-        fast = not option(args, "data.disable_fast_tokenizer")
-        policy, own = (side(path, use_fast=fast) for path in (option(args, "actor.model_name_or_path"), reward_model))
+        fast = not args.data.disable_fast_tokenizer
+        policy, own = (side(path, use_fast=fast) for path in (args.actor.model_name_or_path, reward_model))
         self.needed = bool(compare(policy, own).dangerous())
         self.tokenizers = (policy.tokenizer, own.tokenizer)
         config = AutoConfig.from_pretrained(reward_model, trust_remote_code=True)
@@ -59,55 +63,99 @@ class OwnTokens:
         )
 
 
-def own_tokens(args: Namespace, reward_model: str) -> OwnTokens | None:
-    """The mapping where ``--shaping.tokenizer_check map`` has something to map, else None."""
-    if args.shaping.tokenizer_check != "map":
-        return None
-    mapping = OwnTokens(args, reward_model)
-    return mapping if mapping.needed else None
-
-
 class Member(NamedTuple):
-    """One reward model of a worker."""
+    """One reward model of a worker, with its readers."""
 
-    model: Any
+    model: nn.Module
     readers: dict[str, Any]  # what attach_readers gives
     own_tokens: OwnTokens | None
+
+    @classmethod
+    def of_model(cls, model: nn.Module, args: Namespace, path: str) -> Member:
+        """Attach to a loaded model what the run's method needs. Raises UserError where it cannot be read so."""
+        shaping = args.shaping
+        needs = methods.load(shaping.method).needs if shaping.dense else ()
+        if "gradient" in needs:
+            keep_gradients_exact(model)
+        own = OwnTokens(args, path) if shaping.tokenizer_check == "map" else None
+        readers = attach_readers(model, needs, layer=shaping.layer, recovery=shaping.recovery, heads=shaping.head_list)
+        return cls(model, readers, own if own and own.needed else None)
+
+    def score(
+        self,
+        forward: Callable[[Tensor, Tensor], Tensor],
+        sequences_BS: Tensor,
+        attention_mask_BS: Tensor,
+        action_mask_BA: Tensor | None = None,
+        prompts: list[str] | None = None,
+        **groups: ProcessGroup,
+    ) -> EvidenceBatch:
+        """Scores by ``forward(ids, mask)``, with what is read beside it, both by the policy's tokens.
+
+        Action mask and prompts are needed where the model reads its own tokens.
+        """
+        mapped, ids, mask = None, sequences_BS, attention_mask_BS
+        if self.own_tokens is not None:
+            mapped = self.own_tokens(ids, mask, action_mask_BA, prompts)
+            ids, mask = mapped.input_ids_BL, mapped.attention_mask_BL
+        if not self.readers:
+            reward_B, evidence = forward(ids, mask), {}
+        else:
+            with record(self.readers, mask.to(torch.cuda.current_device()), **groups) as recordings:
+                reward_B = forward(ids, mask)
+            evidence = rows(recordings)
+        if mapped is None:
+            return EvidenceBatch(reward_B, [evidence], {})
+        info = {"reward_truncated": mapped.truncated_B.float()}
+        for name, row_BL in evidence.items():
+            row_BS, _ = mapped.to_policy(row_BL)
+            _, moved_B = mapped.to_policy(row_BL.abs())  # of signed rows the parts that move might cancel
+            evidence[name] = row_BS.float()
+            info["credit_moved"] = moved_B.float()
+        return EvidenceBatch(reward_B, [evidence], info)
+
+
+def mean_batch(members: list[EvidenceBatch]) -> EvidenceBatch:
+    """One batch of several reward models: mean score, every member's evidence, mean of each metric.
+
+    ``reward_disagreement`` is the deviation of the scores, divisor M.
+    """
+    if len(members) == 1:
+        return members[0]
+    score_MB = torch.stack([one.output.float() for one in members])
+    names = {name for one in members for name in one.info}
+    info = {name: torch.stack([one.info[name] for one in members if name in one.info]).mean(0) for name in names}
+    info["reward_disagreement"] = score_MB.std(0, correction=0)
+    return EvidenceBatch(score_MB.mean(0), [evidence for one in members for evidence in one.evidence], info)
 
 
 class CreditRewardModel(undecorated(RewardModelActor)):
     """OpenRLHF's reward-model worker, of one reward model or, with commas in its path, of several.
 
     With a method that needs something of the reward model, with several, or with one that reads its own tokens
-    (``--shaping.tokenizer_check map``), its forward returns a ScoredBatch.
+    (``--shaping.tokenizer_check map``), its forward returns an EvidenceBatch. Each worker holds all of them, one after
+    the other in each forward.
     """
 
     members: list[Member]
 
-    def init_model_from_pretrained(self, strategy: object, pretrain: str) -> None:
+    def init_model_from_pretrained(self, strategy: Any, pretrain: str) -> None:
         """Load each model as the host does, attach the readers and fire them once, before any rollout is made."""
         if not getattr(strategy.args, "shaping_checked", True):  # the models were not on the driver's machine
             check_models(strategy.args, strategy.args.shaping)
         self.members = []
-        for path in pretrain.split(","):
-            super().init_model_from_pretrained(strategy, path.strip())
-            self.members.append(self._member(strategy, path.strip()))
+        for path in map(str.strip, pretrain.split(",")):
+            super().init_model_from_pretrained(strategy, path)
             self._setup_distributed = lambda _strategy: None  # the process group is there for the next one
-
-    def _member(self, strategy: Any, path: str) -> Member:
-        args, shaping = strategy.args, strategy.args.shaping
-        if normalisation.normalises(args):
-            strategy.print(f"abc_plugin: reward normalisation restored: {normalisation.restore(self.model)}")
-        needs = methods.load(shaping.method).needs if shaping.dense else ()
-        if "gradient" in needs:
-            keep_gradients_exact(self.model)
-        about = {"layer": shaping.layer, "recovery": shaping.recovery, "heads": shaping.head_list}
-        member = Member(self.model, attach_readers(self.model, needs, **about), own_tokens(args, path))
-        for reader in member.readers.values():
-            strategy.print(f"abc_plugin: {reader.describe()}")
-        if member.readers:
-            self._score(member, torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.long))
-        return member
+            if strategy.args.reward.normalize_enable:
+                strategy.print(f"abc_plugin: reward normalisation restored: {restore_normalisation(self.model)}")
+            member = Member.of_model(self.model, strategy.args, path)
+            self.members.append(member)
+            for reader in member.readers.values():
+                strategy.print(f"abc_plugin: {reader.describe()}")
+            if member.readers:
+                two_tokens = torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.long)
+                member._replace(own_tokens=None).score(super().forward, *two_tokens, **self._groups())
 
     def forward(
         self,
@@ -116,59 +164,109 @@ class CreditRewardModel(undecorated(RewardModelActor)):
         action_mask: Tensor | None = None,
         prompts: list[str] | None = None,
         **kwargs: object,
-    ) -> Tensor | ScoredBatch:
+    ) -> Tensor | EvidenceBatch:
         """Host signature; the experience maker adds ``action_mask`` and ``prompts`` where text is mapped.
 
-        The score, and a row of attention, are those of ``attention_mask``'s last position; of several models the score
-        is the mean.
+        The score, and a row of attention, are those of ``attention_mask``'s last position.
         """
-        scored = [
-            self._of(member, sequences, attention_mask, action_mask, prompts, **kwargs) for member in self.members
-        ]
-        reward_B, apart = mean_score([one.reward_B for one in scored])
-        evidence, info = [one.evidence[0] for one in scored], mean_info([one.info for one in scored]) | apart
-        return ScoredBatch(reward_B, evidence, info) if info or any(evidence) else reward_B
-
-    def _of(
-        self,
-        member: Member,
-        sequences: Tensor,
-        attention_mask: Tensor,
-        action_mask: Tensor | None,
-        prompts: list[str] | None,
-        **kwargs: object,
-    ) -> ScoredBatch:
-        """What one model makes of the policy's sequences, by the policy's tokens."""
-        if member.own_tokens is None:
-            reward_B, evidence = self._score(member, sequences, attention_mask, **kwargs)
-            return ScoredBatch(reward_B, [evidence], {})
-        mapped = member.own_tokens(sequences, attention_mask, action_mask, prompts)
-        reward_B, evidence = self._score(member, mapped.input_ids_BL, mapped.attention_mask_BL, **kwargs)
-        info = {"reward_truncated": mapped.truncated_B.float()}
-        for name, row_BL in evidence.items():
-            row_BS, _ = mapped.to_policy(row_BL)
-            _, moved_B = mapped.to_policy(row_BL.abs())  # of signed rows the parts that move might cancel
-            evidence[name] = row_BS.float()
-            info["credit_moved"] = moved_B.float()
-        return ScoredBatch(reward_B, [evidence], info)
-
-    def _score(
-        self, member: Member, sequences: Tensor, attention_mask: Tensor, **kwargs: object
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The host's forward, and what was read beside it."""
-        self.model = member.model
-        if not member.readers:
-            return super().forward(sequences, attention_mask, **kwargs), {}
-        mask_BS = attention_mask.to(torch.cuda.current_device())
-        with record(member.readers, mask_BS, **self._groups()) as recordings:
-            reward_B = super().forward(sequences, attention_mask, **kwargs)
-        return reward_B, rows(recordings)
+        host_forward, scored = super().forward, []
+        for member in self.members:
+            self.model = member.model  # the host's forward runs it
+            batch = member.score(
+                lambda ids, mask: host_forward(ids, mask, **kwargs),
+                sequences,
+                attention_mask,
+                action_mask,
+                prompts,
+                **self._groups(),
+            )
+            scored.append(batch)
+        batch = mean_batch(scored)
+        return batch if batch.info or any(batch.evidence) else batch.output
 
     def _groups(self) -> dict[str, ProcessGroup]:
         """The process groups over which this model's sequences and heads are split, where they are."""
-        args, groups = self.strategy.args, {}
-        if option(args, "ds.ring_attn_size") > 1:
+        groups = _head_group(self.strategy)
+        if self.strategy.args.ds.ring_attn_size > 1:
             groups["ring_group"] = self.strategy.ring_attn_group
-        if option(args, "ds.tensor_parallel_size") > 1:
-            groups["head_group"] = self.strategy.ds_device_mesh["tp"].get_group()
         return groups
+
+
+class CreditPolicyModel(undecorated(PolicyModelActor)):
+    """OpenRLHF's policy worker; with a method that needs the policy's attention, its forward returns an EvidenceBatch.
+
+    The attention is that of the forward over the finished sequences which the host runs for its log-probabilities:
+    causal, so its rows are those of the steps of the generation, without dropout and by the weights that generated (in
+    asynchronous training a step newer). Generation and training are untouched.
+    """
+
+    attention: Any = None  # what attach gives
+    need: str | None = None
+
+    def init_model_from_pretrained(self, strategy: Any, pretrain: str, *args: object, **kwargs: object) -> None:
+        """Host signature. Load the model as the host does, attach the tap and fire it once, before any rollout."""
+        super().init_model_from_pretrained(strategy, pretrain, *args, **kwargs)
+        shaping = strategy.args.shaping
+        self.need = policy_need(shaping)
+        if self.need is None:
+            return
+        self.attention = attach(self.actor, layer=shaping.layer, recovery=shaping.recovery)
+        strategy.print(f"abc_plugin: policy: {self.attention.describe()}")
+        self.forward(torch.tensor([[0, 1]]), torch.ones(1, 1, dtype=torch.long), torch.ones(1, 2, dtype=torch.long))
+
+    def forward(
+        self, sequences: Tensor, action_mask: Tensor, attention_mask: Tensor, *args: object, **kwargs: object
+    ) -> Tensor | EvidenceBatch:
+        """Host signature."""
+        if self.attention is None:
+            return super().forward(sequences, action_mask, attention_mask, *args, **kwargs)
+        mask_BS, queries_BS = attention_mask.to(torch.cuda.current_device()), generating_rows(self.need, action_mask)
+        with self.attention.record(mask_BS, queries_BS=queries_BS, **_head_group(self.strategy)) as recording:
+            log_probs_BA = super().forward(sequences, action_mask, attention_mask, *args, **kwargs)
+        return EvidenceBatch(log_probs_BA, [{self.need: recording.row_BS.to("cpu")}], {})
+
+
+class RestoredCritic(undecorated(CriticModelActor)):
+    """OpenRLHF's critic worker; with ``--reward.normalize_enable`` its values are normalised as configured."""
+
+    def init_model_from_pretrained(self, strategy: Any, *args: object, **kwargs: object) -> None:
+        """Host signature."""
+        super().init_model_from_pretrained(strategy, *args, **kwargs)
+        if strategy.args.reward.normalize_enable:
+            restored = restore_normalisation(self.critic)
+            strategy.print(f"abc_plugin: reward normalisation of the critic restored: {restored}")
+
+
+def restore_normalisation(model: nn.Module) -> str:
+    """Set mean and deviation of the host's reward or critic model from its config; returns what was set.
+
+    The host (models/model.py, ``reward = (reward - mean) / std``) keeps them in buffers that are not saved, and
+    transformers 5 makes such buffers without their values. 0 and 1 where the config has none.
+    """
+    regression = next(part for part in unwrap(model).modules() if "normalize_reward" in vars(part))
+    values = {"mean": getattr(regression.config, "mean", 0.0), "std": getattr(regression.config, "std", 1.0)}
+    for name, value in values.items():
+        getattr(regression, name).fill_(value)
+    return f"mean {values['mean']}, std {values['std']}"
+
+
+def keep_gradients_exact(model: nn.Module) -> int:
+    """Keep bitsandbytes from repacking the 4-bit weights for inference on the CPU; returns how many layers it would.
+
+    On CPUs with AVX512-BF16 a Linear4bit rewrites its weight in place, in the first forward in evaluation mode without
+    gradients, for a kernel that has no backward and knows no way back: every forward that trains then goes through
+    that kernel too, and the layers below get no gradient (bitsandbytes 0.50.2, nn/modules.py Linear4bit.forward and
+    autograd/_functions.py matmul_4bit). A PPO step generates before it trains, so it would always happen. Repacking
+    also rounds the scales, and asserts that a layer's width is a multiple of 32. On other devices nothing changes.
+    """
+    layers = [layer for layer in model.modules() if getattr(layer, "support_avx512bf16_for_cpu", False)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    return len(layers)
+
+
+def _head_group(strategy: Any) -> dict[str, ProcessGroup]:
+    """The process group over which a model's heads are split, where they are."""
+    if strategy.args.ds.tensor_parallel_size == 1:
+        return {}
+    return {"head_group": strategy.ds_device_mesh["tp"].get_group()}

@@ -81,8 +81,8 @@ def _settings(args: Namespace, words: list[str]) -> dict[str, Any]:
 
 def _checked_steps(args: Namespace, driver: str) -> int | None:
     """Pass the driver's checks, and count the run's steps; None where they depend on the completions."""
-    from abc_plugin.host.checks import read_data
-    from abc_plugin.host.preflight import preflight
+    from abc_plugin.host.checks import preflight
+    from abc_plugin.host.model_files import read_data
 
     if driver == "local":
         prompts = len(local.check(args))

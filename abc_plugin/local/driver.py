@@ -40,7 +40,7 @@ def parsed(argv: list[str]) -> tuple[Namespace, list[str]]:
     shaping, host_argv = split_flags(argv)
     methods.load(shaping.method)
     import_host()
-    from abc_plugin.host.arguments import parse_for_one_process
+    from abc_plugin.local.one_process import parse_for_one_process
 
     return parse_for_one_process(host_argv, shaping)
 
@@ -48,18 +48,18 @@ def parsed(argv: list[str]) -> tuple[Namespace, list[str]]:
 def check(args: Namespace) -> Dataset:
     """The prompts, after all checks but those of the output directory. Raises UserError."""
     from abc_plugin.host import checks
-    from abc_plugin.local import frozen
+    from abc_plugin.local import frozen, one_process
     from abc_plugin.local import lora_checks as adapter_checks
 
     shaping = args.shaping
-    checks.check_supported(args)
+    one_process.check_supported(args)
     adapter_checks.check_settings(args, shaping)
     ranks.take_device()
-    data = checks.check_data(args)
+    data = one_process.check_data(args)
     ranks.check_batches(args, len(data))
     texts = [prompt for prompt in data[args.data.input_key][: checks.READ] if isinstance(prompt, str)]
     checks.check_models(args, shaping, texts)
-    checks.check_positions(args)
+    one_process.check_positions(args)
     frozen.check_settings(args, shaping)
     adapter_checks.check_targets(args)
     return data
@@ -98,9 +98,8 @@ def _help() -> int:
 @contextlib.contextmanager
 def _host_in_this_process(args: Namespace) -> Iterator[None]:
     """Rebind the names by which OpenRLHF's train() reaches Ray, its worker classes and its progress bars."""
-    from abc_plugin.host import policy_worker as policy_attention
-    from abc_plugin.host.normalisation import RestoredCritic
-    from abc_plugin.host.worker import CreditRewardModel
+    from abc_plugin.credit.methods import policy_need
+    from abc_plugin.host.worker import CreditPolicyModel, CreditRewardModel, RestoredCritic
     from abc_plugin.local import lora as adapters
     from abc_plugin.local.in_process import InProcessClass, InProcessGroup, InProcessRay
     from abc_plugin.local.trainer import LocalPPOTrainer, local_strategy
@@ -116,8 +115,9 @@ def _host_in_this_process(args: Namespace) -> Iterator[None]:
         ("cli.train_ppo_ray", "get_strategy", local_strategy),
         ("trainer.ppo_trainer", "PPOTrainer", InProcessClass(LocalPPOTrainer)),
         *adapters.rebinds(args),
-        *policy_attention.rebinds(args),
     ]
+    if policy_need(args.shaping):
+        rebinds.append(("cli.train_ppo_ray", "PolicyModelActor", CreditPolicyModel))
     with contextlib.ExitStack() as stack:
         for module, name, value in rebinds:
             stack.enter_context(mock.patch.object(importlib.import_module(f"openrlhf.{module}"), name, value))

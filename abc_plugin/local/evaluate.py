@@ -41,14 +41,15 @@ def main(argv: list[str]) -> int:
     method = methods.load(shaping.method)
     import_host()
     from abc_plugin.host import checks
-    from abc_plugin.host.arguments import parse_for_one_process
+    from abc_plugin.host.model_files import read_data
+    from abc_plugin.local import one_process
 
-    args, _ = parse_for_one_process(host_argv, shaping)
-    checks.check_supported(args)
+    args, _ = one_process.parse_for_one_process(host_argv, shaping)
+    one_process.check_supported(args)
     ranks.refuse("evaluate")
     checks.check_models(args, shaping)
-    checks.check_positions(args)
-    samples = sample(args, checks.read_data(args), method)
+    one_process.check_positions(args)
+    samples = sample(args, read_data(args), method)
     own.out.parent.mkdir(parents=True, exist_ok=True)
     own.out.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in samples), encoding="utf-8")
     rewards = [line["reward"] for line in samples]
@@ -69,12 +70,10 @@ def sample(args: Namespace, data: Dataset, method: methods.Method) -> list[dict]
     from openrlhf.utils.utils import convert_to_torch_dtype
 
     from abc_plugin.attention import attach
-    from abc_plugin.attention.readers import attach_readers
     from abc_plugin.attention.scalar_head import load_reward_model
-    from abc_plugin.host.checks import quiet_strategy
-    from abc_plugin.host.ensemble import reward_models
-    from abc_plugin.host.worker import Member, own_tokens
-    from abc_plugin.local.quantised import NF4, keep_gradients_exact
+    from abc_plugin.host.model_files import quiet_strategy, reward_models
+    from abc_plugin.host.worker import Member, keep_gradients_exact
+    from abc_plugin.local.quantised import NF4
     from abc_plugin.local.rollout import generate
 
     disable_progress_bar()
@@ -98,10 +97,7 @@ def sample(args: Namespace, data: Dataset, method: methods.Method) -> list[dict]
             attention=ds.attn_implementation,
             quantization_config=NF4 if ds.load_in_4bit else None,
         )
-        model = model.to(device).eval()
-        keep_gradients_exact(model)
-        about = {"layer": shaping.layer, "recovery": shaping.recovery, "heads": shaping.head_list}
-        members.append(Member(model, attach_readers(model, method.needs, **about), own_tokens(args, reward_path)))
+        members.append(Member.of_model(model.to(device).eval(), args, reward_path))
     need = policy_need(shaping)
     of_policy = attach(policy, layer=shaping.layer, recovery=shaping.recovery) if need else None
     lines = []
@@ -120,27 +116,12 @@ def sample(args: Namespace, data: Dataset, method: methods.Method) -> list[dict]
             top_p=args.rollout.top_p,
         )
         batch = _Batch(tokenizer, chosen, responses)
-        scored = [_scored(member, batch, chosen) for member in members]
+        scored = [batch.scored(member) for member in members]
         if need:
             of_generation = {need: _policy_row(policy, of_policy, need, batch)}
             scored = [(reward_B, evidence | of_generation) for reward_B, evidence in scored]
         lines += batch.lines(shaping, method, scored)
     return lines
-
-
-def _scored(member: Any, batch: _Batch, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Scores (B,) of one reward model and what the method needs of it (B, S), on the CPU."""
-    from abc_plugin.attention.readers import record, rows
-
-    mapped, ids, mask = None, batch.sequences_BS, batch.attention_mask_BS
-    if member.own_tokens is not None:
-        mapped = member.own_tokens(ids, mask, batch.action_mask_BA, prompts)
-        ids, mask = mapped.input_ids_BL, mapped.attention_mask_BL
-    ids, mask = ids.to(member.model.device), mask.to(member.model.device)
-    with record(member.readers, mask) as recordings:
-        reward_B = member.model(ids, mask).float().cpu()
-    evidence = rows(recordings)
-    return reward_B, evidence if mapped is None else {name: mapped.to_policy(row)[0] for name, row in evidence.items()}
 
 
 def _policy_row(policy: torch.nn.Module, reader: Any, need: str, batch: _Batch) -> Tensor:
@@ -166,6 +147,18 @@ class _Batch:
         action_BS = (position_S >= torch.tensor(self.starts)[:, None]) & self.attention_mask_BS.bool()
         self.action_mask_BA = action_BS[:, 1:]
 
+    def scored(self, member: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scores (B,) of one reward model and what the method needs of it (B, S), on the CPU."""
+        model = member.model
+        scored = member.score(
+            lambda ids, mask: model(ids.to(model.device), mask.to(model.device)).float().cpu(),
+            self.sequences_BS,
+            self.attention_mask_BS,
+            self.action_mask_BA,
+            self.prompts,
+        )
+        return scored.output, scored.evidence[0]
+
     def lines(
         self, shaping: ShapingConfig, method: methods.Method, scored: list[tuple[Tensor, dict[str, Tensor]]]
     ) -> list[dict]:
@@ -173,7 +166,7 @@ class _Batch:
 
         scored: by reward model. credit: the method's weights, or credit / sum |credit| where it is signed.
         """
-        from abc_plugin.host.credited import shape_batch
+        from abc_plugin.host.maker import shape_batch
 
         members = [
             methods.Evidence(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from abc_plugin.errors import UserError
-from abc_plugin.host.ray_actors import undecorated
+from abc_plugin.host.install import undecorated
 from abc_plugin.local import ranks
 
 SMALLER_MODELS = "--ds.load_in_4bit with --ds.lora.rank 16, or several GPUs with --ds.zero_stage 3"

@@ -21,11 +21,10 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import AutoConfig
 
-from abc_plugin.host import normalisation
-from abc_plugin.host.ray_actors import undecorated
+from abc_plugin.host.install import undecorated
+from abc_plugin.host.worker import RestoredCritic, keep_gradients_exact
 from abc_plugin.local import lora_files as adapter_files
 from abc_plugin.local import shared_base
-from abc_plugin.local.quantised import keep_gradients_exact
 
 
 def rebinds(args: Namespace) -> list[tuple[str, str, type]]:
@@ -92,7 +91,7 @@ class AdapterOffReference(undecorated(ReferenceModelActor)):
             return super().forward(*args, **kwargs)
 
 
-class AdapterCritic(undecorated(normalisation.RestoredCritic)):
+class AdapterCritic(undecorated(RestoredCritic)):
     """The host's critic worker with adapters and a value head that is trained; ``--local.share_base``: shared_base.py.
 
     The host's LoraConfig names no head, so PEFT freezes it, or puts an adapter on it where all linear layers get one.

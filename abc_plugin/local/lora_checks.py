@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from argparse import Namespace
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -15,48 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from abc_plugin.config import ShapingConfig
 from abc_plugin.errors import UserError
-from abc_plugin.host.ensemble import reward_models
-from abc_plugin.host.options import flag, option
+from abc_plugin.host.checks import refuse_adapter, refuse_without_lora
+from abc_plugin.host.model_files import reward_models
 from abc_plugin.local.quantised import bitsandbytes
 
-ADAPTER = "adapter_config.json"
 ALL = "all-linear"
-
-
-def adapter_base(path: str) -> str | None:
-    """The base model's path where ``path`` is a directory that PEFT wrote, else None."""
-    file = Path(path).expanduser() / ADAPTER
-    return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] if file.is_file() else None
-
-
-def refuse_adapter(args: Namespace) -> None:
-    """Raises UserError where the policy to train is itself an adapter."""
-    path = option(args, "actor.model_name_or_path")
-    if base := adapter_base(path):
-        raise UserError(
-            f"{flag(args, 'actor.model_name_or_path')} {path} is a LoRA adapter of {base}; train that, or the merged "
-            "model that --local.merge_adapter writes beside an adapter"
-        )
-
-
-def refuse_on_ray(args: Namespace, shaping: ShapingConfig) -> None:
-    """Raises UserError for adapters and 4-bit policies on Ray: the host sends their parameters to vLLM as they are."""
-    for name, sent in (("ds.lora.rank", "the adapter's own parameters"), ("ds.load_in_4bit", "packed 4-bit weights")):
-        if option(args, name):
-            raise UserError(
-                f"{flag(args, name)} {option(args, name)} does not work on Ray: OpenRLHF sends vLLM {sent}, which it "
-                "cannot load; use abc-rlhf local"
-            )
-    if shaping.train_layers:
-        raise UserError(f"--local.train_layers {shaping.train_layers} means nothing on Ray; use abc-rlhf local")
-    _refuse_without_lora(shaping, "on Ray; leave it out, or use abc-rlhf local")
-    refuse_adapter(args)
-
-
-def _refuse_without_lora(shaping: ShapingConfig, why: str) -> None:
-    for name in ("share_base", "merge_adapter"):
-        if getattr(shaping, name):
-            raise UserError(f"--local.{name} means nothing {why}")
 
 
 def check_settings(args: Namespace, shaping: ShapingConfig) -> None:
@@ -70,7 +31,7 @@ def check_settings(args: Namespace, shaping: ShapingConfig) -> None:
     if ds.load_in_4bit:
         bitsandbytes()
     if not lora.rank:
-        _refuse_without_lora(shaping, "without --ds.lora.rank; add --ds.lora.rank 16")
+        refuse_without_lora(shaping, "without --ds.lora.rank; add --ds.lora.rank 16")
         for name, default in (("alpha", 16), ("dropout", 0), ("target_modules", ALL)):
             if getattr(lora, name) != default:
                 raise UserError(

@@ -35,21 +35,6 @@ def quantised_layers(model: nn.Module) -> list[nn.Module]:
     return [layer for layer in model.modules() if type(layer._parameters.get("weight")).__name__ == "Params4bit"]
 
 
-def keep_gradients_exact(model: nn.Module) -> int:
-    """Keep bitsandbytes from repacking the 4-bit weights for inference on the CPU; returns how many layers it would.
-
-    On CPUs with AVX512-BF16 a Linear4bit rewrites its weight in place, in the first forward in evaluation mode without
-    gradients, for a kernel that has no backward and knows no way back: every forward that trains then goes through
-    that kernel too, and the layers below get no gradient (bitsandbytes 0.50.2, nn/modules.py Linear4bit.forward and
-    autograd/_functions.py matmul_4bit). A PPO step generates before it trains, so it would always happen. Repacking
-    also rounds the scales, and asserts that a layer's width is a multiple of 32. On other devices nothing changes.
-    """
-    layers = [layer for layer in quantised_layers(model) if getattr(layer, "support_avx512bf16_for_cpu", False)]
-    for layer in layers:
-        layer.support_avx512bf16_for_cpu = False
-    return len(layers)
-
-
 def plain_weight(layer: nn.Module, delta: Tensor | None = None) -> Tensor:
     """The layer's weight as its forward uses it, dequantised where it is in 4 bits, plus ``delta``, added in fp32.
 

@@ -12,7 +12,7 @@ from openrlhf.utils.deepspeed import DeepspeedStrategy
 from tqdm import tqdm
 from transformers import set_seed
 
-from abc_plugin.host.ray_actors import undecorated
+from abc_plugin.host.install import undecorated
 from abc_plugin.host.trainers import WithCredit
 from abc_plugin.local import ranks, timing
 from abc_plugin.local.frozen import FrozenStrategy

@@ -13,48 +13,13 @@ Weights have any scale; what lies on the prompt is dropped and the rest renormal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from openrlhf.trainer.ppo_utils.experience import Experience
 from torch import Tensor
 
 from abc_plugin.errors import CreditError
 from abc_plugin.text.spans import spread, token_spans
 
 CREDIT = "credit_spans"
-EXPLANATION = "the host takes one scalar reward per response and would keep a single element of a list"
-
-
-def check_rewards(samples: Sequence[Experience], *, from_rollout: bool, resume: str) -> None:
-    """Refuse rollouts whose reward is missing, a list or not finite, before anything is computed from them.
-
-    resume: the flag to go on with, for the message.
-
-    Raises CreditError naming the sample. OpenRLHF itself logs a failed request and goes on without its reward, and
-    takes one element of a token-level reward.
-    """
-    for index, sample in enumerate(samples):
-        where = f"sample {index} of {len(samples)} (prompt {str(sample.prompts[0])[:60]!r})"
-        if sample.rewards is None:
-            if from_rollout:
-                raise CreditError(
-                    f"{where} came back without a reward: the reward server or function failed (its message is in the "
-                    "log of RolloutRayActor). Nothing was trained on this batch; mend it and go on with "
-                    f"{resume}"
-                )
-        elif sample.rewards.numel() != 1:
-            raise CreditError(
-                f"{where} has a list of {sample.rewards.numel()} rewards: {EXPLANATION}. Return their sum under "
-                f'"rewards" and the tokens\' shares under extra_logs["{CREDIT}"] (see README)'
-            )
-        elif not torch.isfinite(sample.rewards).all():
-            raise CreditError(f"{where} has the reward {sample.rewards.item()}: nothing was trained on it")
-
-
-def take_spans(samples: Sequence[Experience]) -> dict[int, Tensor]:
-    """Spans (L, 3) by sample, taken out of its ``info``: what stays there is logged as a number."""
-    return {index: sample.info.pop(CREDIT) for index, sample in enumerate(samples) if CREDIT in sample.info}
 
 
 def attention_row(spans: Tensor, sequence_S: Tensor, tokenizer: object, where: str) -> tuple[Tensor, float]:

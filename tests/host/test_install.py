@@ -17,7 +17,7 @@ import_host()
 import openrlhf.cli.train_ppo_ray as cli  # noqa: E402
 
 from abc_plugin.host import install as plugin  # noqa: E402
-from abc_plugin.host.ray_actors import as_actor, undecorated  # noqa: E402
+from abc_plugin.host.install import as_actor, undecorated  # noqa: E402
 
 
 def host_objects() -> dict:
@@ -87,7 +87,7 @@ def test_the_actors_keep_the_hosts_options_and_workers_import_them_by_name():
 
 def test_settings_travel_in_args_and_are_checked_once_before_any_actor(monkeypatch):
     checked = []
-    monkeypatch.setattr("abc_plugin.host.preflight.preflight", lambda args, shaping: checked.append(shaping))
+    monkeypatch.setattr("abc_plugin.host.checks.preflight", lambda args, shaping: checked.append(shaping))
     monkeypatch.setattr("openrlhf.utils.utils.get_strategy", stub := lambda args: SimpleNamespace(args=args))
     monkeypatch.setattr("openrlhf.utils.get_strategy", stub)
     shaping = ShapingConfig("uniform", 0.5)

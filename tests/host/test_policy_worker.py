@@ -24,9 +24,9 @@ from openrlhf.trainer.ray.ppo_actor import PolicyModelActor  # noqa: E402
 from abc_plugin.host import checks  # noqa: E402
 from abc_plugin.host import install as plugin  # noqa: E402
 from abc_plugin.host.arguments import parse  # noqa: E402
-from abc_plugin.host.policy_worker import CreditPolicyModel, rebinds  # noqa: E402
-from abc_plugin.host.preflight import preflight  # noqa: E402
-from abc_plugin.host.ray_actors import undecorated  # noqa: E402
+from abc_plugin.host.checks import preflight  # noqa: E402
+from abc_plugin.host.install import undecorated  # noqa: E402
+from abc_plugin.host.worker import CreditPolicyModel, rebinds  # noqa: E402
 
 CLUSTER = ["--actor.num_gpus_per_node", "1", "--vllm.num_engines", "0", "--rollout.batch_size", "8"]
 NEEDS = {"abc_d": "policy", "abc_d2": "policy_last"}
@@ -117,7 +117,7 @@ def test_on_ray_the_policys_worker_is_rebound_where_it_may_be_needed(shaping):
         rebound = importlib.import_module("openrlhf.cli.train_ppo_ray").PolicyModelActor
         assert issubclass(undecorated(rebound), CreditPolicyModel)
         assert rebound._default_options == PolicyModelActor._default_options
-        assert any("PolicyModelActor -> abc_plugin.host.policy_worker.CreditPolicyModel" in line for line in lines)
+        assert any("PolicyModelActor -> abc_plugin.host.worker.CreditPolicyModel" in line for line in lines)
     finally:
         plugin.uninstall()
 

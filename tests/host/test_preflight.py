@@ -13,9 +13,9 @@ from abc_plugin.host.imports import import_host
 
 import_host()
 
-from abc_plugin.host.arguments import parse_for_one_process  # noqa: E402
-from abc_plugin.host.preflight import preflight  # noqa: E402
+from abc_plugin.host.checks import preflight  # noqa: E402
 from abc_plugin.host.ray_driver import _cause  # noqa: E402
+from abc_plugin.local.one_process import parse_for_one_process  # noqa: E402
 
 
 def checked(tiny, out, shaping=None, **changes):

@@ -19,7 +19,7 @@ from openrlhf.trainer.ray.launcher import BaseModelActor, RewardModelActor  # no
 
 from abc_plugin.attention.matrix import rerun_eager_row  # noqa: E402
 from abc_plugin.host.arguments import parse  # noqa: E402
-from abc_plugin.host.ray_actors import undecorated  # noqa: E402
+from abc_plugin.host.install import undecorated  # noqa: E402
 from abc_plugin.host.worker import CreditRewardModel  # noqa: E402
 from abc_plugin.local.quantised import plain_weight, quantised_layers  # noqa: E402
 

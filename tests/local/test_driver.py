@@ -25,10 +25,10 @@ from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.trainer.ray.launcher import RewardModelActor
 from openrlhf.trainer.ray.ppo_critic import CriticModelActor
 from abc_plugin.local import driver as local
-from abc_plugin.host import normalisation, worker as reward_model, trainers
+from abc_plugin.host import trainers, worker
 trainers.CreditExperienceMaker = RemoteExperienceMaker
-reward_model.CreditRewardModel = RewardModelActor
-normalisation.RestoredCritic = CriticModelActor
+worker.CreditRewardModel = RewardModelActor
+worker.RestoredCritic = CriticModelActor
 sys.exit(local.main(sys.argv[1:]))
 """
 

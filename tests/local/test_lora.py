@@ -17,13 +17,13 @@ from abc_plugin.cli import main
 from abc_plugin.config import ShapingConfig
 from abc_plugin.errors import UserError
 from abc_plugin.host.imports import import_host
-from abc_plugin.local.quantised import keep_gradients_exact
 
 import_host()
 
-from abc_plugin.host.arguments import parse_for_one_process  # noqa: E402
-from abc_plugin.host.preflight import preflight  # noqa: E402
+from abc_plugin.host.checks import preflight  # noqa: E402
+from abc_plugin.host.worker import keep_gradients_exact  # noqa: E402
 from abc_plugin.local.lora_checks import check_targets  # noqa: E402
+from abc_plugin.local.one_process import parse_for_one_process  # noqa: E402
 
 IDS = torch.randint(3, 280, (4, 16), generator=torch.Generator().manual_seed(0))  # the probe's
 COMMON = {"reward_shaping": "abc", "actor.adam.lr": 1e-2, "ds.lora.rank": 4}

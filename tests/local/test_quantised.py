@@ -13,8 +13,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from abc_plugin.local.lora_files import merged_weights
-from abc_plugin.local.quantised import NF4, keep_gradients_exact, plain_weight, quantised_layers
+from abc_plugin.host.imports import import_host
+
+import_host()
+
+from abc_plugin.host.worker import keep_gradients_exact  # noqa: E402
+from abc_plugin.local.lora_files import merged_weights  # noqa: E402
+from abc_plugin.local.quantised import NF4, plain_weight, quantised_layers  # noqa: E402
 
 MODELS = {  # widths that are multiples of 64, the only ones that bitsandbytes can repack
     "llama": lambda: LlamaForCausalLM(

@@ -14,9 +14,9 @@ def main() -> int:
     import_host()
     import openrlhf.utils.utils
 
-    from abc_plugin.host import arguments
+    from abc_plugin.local import one_process
 
-    stock = arguments.parse_for_one_process
+    stock = one_process.parse_for_one_process
 
     def parse(*words: object) -> tuple[Namespace, list[str]]:
         args, ignored = stock(*words)
@@ -24,7 +24,7 @@ def main() -> int:
         return args, ignored
 
     openrlhf.utils.utils.convert_to_torch_dtype = lambda _: torch.float32
-    arguments.parse_for_one_process = parse
+    one_process.parse_for_one_process = parse
     return cli.main()
 
 

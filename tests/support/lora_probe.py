@@ -14,7 +14,7 @@ import_host()
 
 from openrlhf.trainer.ray.launcher import ReferenceModelActor  # noqa: E402
 
-from abc_plugin.host.ray_actors import undecorated  # noqa: E402
+from abc_plugin.host.install import undecorated  # noqa: E402
 from abc_plugin.local.trainer import LocalPPOTrainer  # noqa: E402
 from abc_plugin.local.zero3 import gathered  # noqa: E402
 

@@ -149,7 +149,7 @@ def between_the_models(step: int) -> None:
     """The policy's checkpoint is whole, the critic's not begun."""
     from openrlhf.trainer.ray.ppo_critic import CriticModelActor
 
-    from abc_plugin.host.ray_actors import undecorated
+    from abc_plugin.host.install import undecorated
 
     critic = undecorated(CriticModelActor)
     save = critic.save_checkpoint

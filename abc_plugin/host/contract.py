@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import inspect
 import pkgutil
+from typing import Any
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
@@ -55,8 +56,9 @@ SIGNATURES: dict[str, str | None] = {
     f"{MAKER}.get_advantages_and_returns": "self, values, rewards, action_mask, gamma, lambd",
     f"{MAKER}.get_cumulative_returns": "self, rewards, action_mask, gamma",
     "trainer.ppo_utils.experience:Experience": (
-        "index, sequences, attention_mask, action_mask, action_log_probs, base_action_log_probs, rollout_log_probs, "
-        "values, returns, advantages, kl, prompts, labels, rewards, scores, ..."
+        "sequences, attention_mask, action_mask, action_log_probs, base_action_log_probs, rollout_log_probs, values, "
+        "returns, advantages, kl, rewards, scores, response_length, truncated, total_length, index, prompts, labels, "
+        "images, mm_train_inputs, info"
     ),
 }
 
@@ -148,8 +150,7 @@ def differences(signatures: dict[str, str | None]) -> list[str]:
     lines = []
     for symbol, expected in signatures.items():
         try:
-            actual = None if expected is None else parameters(symbol)
-            pkgutil.resolve_name(f"openrlhf.{symbol}")
+            actual = parameters(symbol) if expected is not None else _resolve(symbol)
         except (ImportError, AttributeError) as error:
             lines.append(f"{symbol}: missing ({error})")
             continue
@@ -162,5 +163,11 @@ def differences(signatures: dict[str, str | None]) -> list[str]:
 
 def parameters(symbol: str) -> str:
     """Names of its parameters, e.g. ``self, value, **kwargs``; of a class, of its constructor's."""
-    listed = inspect.signature(pkgutil.resolve_name(f"openrlhf.{symbol}")).parameters.values()
-    return ", ".join({"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(one.kind.name, "") + one.name for one in listed)
+    listed = inspect.signature(inspect.unwrap(_resolve(symbol))).parameters.values()
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    # Ray adds a parameter of its own to the methods of its actors.
+    return ", ".join(stars.get(one.kind, "") + one.name for one in listed if one.name != "_ray_trace_ctx")
+
+
+def _resolve(symbol: str) -> Any:
+    return pkgutil.resolve_name(f"openrlhf.{symbol}")

@@ -17,7 +17,7 @@ from openrlhf.trainer.ppo_utils.kl_controller import FixedKLController  # noqa: 
 
 from abc_plugin.host.arguments import parse  # noqa: E402
 from abc_plugin.host.maker import CreditExperienceMaker  # noqa: E402
-from abc_plugin.host.worker import ScoredBatch  # noqa: E402
+from abc_plugin.host.worker import EvidenceBatch  # noqa: E402
 
 ESTIMATORS = ("gae", "reinforce", "rloo", "reinforce_baseline", "group_norm", "dr_grpo", "flash_reinforce")
 
@@ -133,11 +133,11 @@ def test_the_reward_that_reaches_gae_by_hand(monkeypatch):
     )
     exp.evidence = [{"attention": torch.tensor([[0.4, 0.1, 0.1, 0.3, 0.1, 0.0]])}]
     seen = []
-    original = maker.get_advantages_and_returns
+    original = RemoteExperienceMaker.get_advantages_and_returns
     monkeypatch.setattr(
-        maker,
+        RemoteExperienceMaker,
         "get_advantages_and_returns",
-        lambda values, reward, *rest: seen.append(reward) or original(values, reward, *rest),
+        lambda self, values, reward, *rest: seen.append(reward) or original(self, values, reward, *rest),
     )
     maker.compute_advantages_and_returns([exp])
     expected = torch.tensor([[0.0, 0.32 - 0.1, 0.96 + 0.1, 0.32 + 0.4 - 0.05, 0.0]])
@@ -187,7 +187,7 @@ def test_a_host_that_skips_or_repeats_a_reward_stops_the_run(monkeypatch):
         maker.compute_advantages_and_returns(batch())
     monkeypatch.undo()
     same = experience(0)
-    with pytest.raises(CreditError, match="without credit, or asked twice"):
+    with pytest.raises(CreditError, match="out of turn, or asked twice"):
         maker.compute_advantages_and_returns([same, copy.copy(same)])
 
 
@@ -200,18 +200,18 @@ def test_nan_reward_stops_the_run():
 
 def test_credit_is_split_from_the_reward_and_a_reward_without_it_stops_the_run(monkeypatch):
     maker = make(CreditExperienceMaker, ShapingConfig("abc"))
-    scored = ScoredBatch(torch.tensor([1.0]), [{"attention": torch.rand(1, 9)}], {})
+    scored = EvidenceBatch(torch.tensor([1.0]), [{"attention": torch.rand(1, 9)}], {})
     monkeypatch.setattr("openrlhf.trainer.ppo_utils.experience_maker.ray.get", lambda refs: refs)
 
     def host_method(self, samples):
         if results:
-            assert self._flatten_results(results, 1) == [scored.reward_B] * len(results)
+            assert self._flatten_results(results, 1) == [scored.output] * len(results)
         return samples
 
     monkeypatch.setattr(RemoteExperienceMaker, "make_experience", host_method)
     results = [[scored], [scored]]
     made = maker.make_experience(batch())
-    assert all(exp.evidence is scored.evidence for exp in made)
+    assert all(torch.equal(exp.evidence[0]["attention"], scored.evidence[0]["attention"]) for exp in made)
     results = [[scored]]
     with pytest.raises(CreditError, match="1 batches of evidence for 2 experiences"):
         maker.make_experience(batch())

@@ -26,7 +26,7 @@ from abc_plugin.host import install as plugin  # noqa: E402
 from abc_plugin.host.arguments import parse  # noqa: E402
 from abc_plugin.host.checks import preflight  # noqa: E402
 from abc_plugin.host.install import undecorated  # noqa: E402
-from abc_plugin.host.worker import CreditPolicyModel, rebinds  # noqa: E402
+from abc_plugin.host.worker import CreditPolicyModel  # noqa: E402
 
 CLUSTER = ["--actor.num_gpus_per_node", "1", "--vllm.num_engines", "0", "--rollout.batch_size", "8"]
 NEEDS = {"abc_d": "policy", "abc_d2": "policy_last"}
@@ -81,7 +81,7 @@ def test_log_probs_are_the_stock_ones_and_the_credit_the_eager_one(tiny, monkeyp
     ids, actions, mask = batch
     stock = worker(tiny, monkeypatch, ShapingConfig("abc")).forward(*batch)
     assert isinstance(stock, torch.Tensor)
-    log_probs, evidence = worker(tiny, monkeypatch, ShapingConfig(method)).forward(*batch)
+    log_probs, [evidence], _ = worker(tiny, monkeypatch, ShapingConfig(method)).forward(*batch)
     assert torch.equal(log_probs, stock)
     row_BS = evidence[NEEDS[method]]
     assert row_BS.dtype == torch.float32 and row_BS.shape == ids.shape and not row_BS[mask == 0].any()
@@ -102,7 +102,6 @@ def test_log_probs_are_the_stock_ones_and_the_credit_the_eager_one(tiny, monkeyp
 def test_other_methods_leave_the_stock_worker(tiny, monkeypatch, batch, shaping):
     self = worker(tiny, monkeypatch, shaping)
     assert self.attention is None and isinstance(self.forward(*batch), torch.Tensor)
-    assert rebinds(SimpleNamespace(shaping=shaping)) == []
     plugin.install(shaping)
     try:
         assert importlib.import_module("openrlhf.cli.train_ppo_ray").PolicyModelActor is PolicyModelActor
@@ -126,14 +125,14 @@ def test_an_adapted_policy_is_read_below_its_adapter(tiny, monkeypatch, batch):
     lora = {"lora_rank": 4, "target_modules": "all-linear"}
     self = worker(tiny, monkeypatch, ShapingConfig("abc_d"), **lora)
     plain = worker(tiny, monkeypatch, ShapingConfig("abc_d"))
-    base = self.forward(*batch).evidence["policy"]
-    torch.testing.assert_close(base, plain.forward(*batch).evidence["policy"], rtol=0, atol=1e-6)  # B = 0 at first
+    base = self.forward(*batch).evidence[0]["policy"]
+    torch.testing.assert_close(base, plain.forward(*batch).evidence[0]["policy"], rtol=0, atol=1e-6)  # B = 0 at first
     for name, parameter in self.actor.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(generator=torch.Generator().manual_seed(0))
-    assert (self.forward(*batch).evidence["policy"] - base).abs().max() > 1e-3
+    assert (self.forward(*batch).evidence[0]["policy"] - base).abs().max() > 1e-3
     with self.actor.model.disable_adapter():
-        torch.testing.assert_close(self.forward(*batch).evidence["policy"], base, rtol=0, atol=1e-6)
+        torch.testing.assert_close(self.forward(*batch).evidence[0]["policy"], base, rtol=0, atol=1e-6)
 
 
 def test_generation_and_training_do_not_pay(tiny, monkeypatch, batch):

@@ -17,7 +17,6 @@ from abc_plugin.host.imports import import_host
 import_host()
 
 from openrlhf.trainer.ppo_utils.experience import Experience  # noqa: E402
-from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker  # noqa: E402
 from openrlhf.trainer.ppo_utils.kl_controller import FixedKLController  # noqa: E402
 
 from abc_plugin.host.arguments import parse  # noqa: E402
@@ -39,21 +38,17 @@ class Strategy:
         return self.rank == 0
 
 
-def trainer(tokenizer, out, shaping, *flags, rank=0, maker=CreditExperienceMaker):
+def trainer(tokenizer, out, shaping, *flags, rank=0):
     """What a Recorder sees of the host's trainer."""
     words = ["--reward.model_name_or_path", "x", "--actor.num_gpus_per_node", "1", "--vllm.num_engines", "0"]
     args = parse([*words, "--rollout.batch_size", "8", "--ckpt.output_dir", str(out), *flags])
     args.shaping = shaping
     strategy = Strategy(args, rank)
-    made = maker(None, None, None, None, FixedKLController(0.1), strategy, tokenizer)
-    return types.SimpleNamespace(
-        args=args,
-        strategy=strategy,
-        tokenizer=tokenizer,
-        experience_maker=made,
-        tensorboard_logger=None,
-        wandb_logger=None,
-    )
+    maker = CreditExperienceMaker(None, None, None, None, FixedKLController(0.1), strategy, tokenizer)
+    host = types.SimpleNamespace(args=args, strategy=strategy, tokenizer=tokenizer, experience_maker=maker)
+    host.tensorboard_logger = host.wandb_logger = None
+    maker.recorder = Recorder(host)
+    return host
 
 
 def batch(tokenizer):
@@ -85,12 +80,21 @@ def with_attention(experiences):
     return experiences
 
 
-def recorded(host, experiences, step=1):
+def make(host, experiences, step=1):
+    """The maker's work on the experiences of a step, recorded."""
+    maker, recorder = host.experience_maker, host.experience_maker.recorder
+    recorder.step = step
+    made = maker.compute_advantages_and_returns(experiences)
+    if recorder.due:
+        recorder.record(made, maker._parts)
+    return made
+
+
+def recorded(host, experiences):
     """The lines written while the maker works on the experiences, and what it made."""
-    recorder = Recorder(host)
-    with recorder.watching(step):
-        made = host.experience_maker.compute_advantages_and_returns(experiences)
-    lines = recorder.path.read_text(encoding="utf-8").splitlines() if recorder.path.exists() else []
+    made = make(host, experiences)
+    path = host.experience_maker.recorder.path
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [json.loads(line) for line in lines], made
 
 
@@ -149,22 +153,20 @@ def test_the_host_computes_the_same_with_and_without(tokenizer, tmp_path, method
     lines, [seen] = recorded(host, with_attention(batch(tokenizer)) if method == "abc" else batch(tokenizer))
     assert lines and torch.equal(rng, torch.random.get_rng_state())
     again = with_attention(batch(tokenizer)) if method == "abc" else batch(tokenizer)
+    host.experience_maker.recorder = None
     [plain] = host.experience_maker.compute_advantages_and_returns(again)
     assert vars(seen).keys() == vars(plain).keys() and seen.info.keys() == plain.info.keys()
     for name in ("advantages", "returns", "rewards", "values"):
         assert torch.equal(getattr(seen, name), getattr(plain, name))
 
 
-def test_the_stock_maker_is_watched_too(tokenizer, tmp_path):
-    host = trainer(tokenizer, tmp_path, ShapingConfig("none"), maker=RemoteExperienceMaker)
-    [line], _ = recorded(host, batch(tokenizer))
-    assert line["shaped_reward"] == [0.0, 0.0, None, 2.0]
-
-
 def test_only_the_steps_asked_for_and_only_on_rank_0(tokenizer, tmp_path):
     def due(every, rank=0):
         host = trainer(tokenizer, tmp_path, ShapingConfig("none", show_every=every), rank=rank)
-        return [step for step in range(1, 13) if Recorder(host).due(step)]
+        recorder, steps = host.experience_maker.recorder, []
+        for recorder.step in range(1, 13):
+            steps += [recorder.step] if recorder.due else []
+        return steps
 
     assert due(5) == [1, 5, 10]
     assert due(1) == list(range(1, 13))
@@ -174,8 +176,8 @@ def test_only_the_steps_asked_for_and_only_on_rank_0(tokenizer, tmp_path):
 def test_completions_are_chosen_at_evenly_spaced_ranks_of_the_score(tokenizer, tmp_path):
     host = trainer(tokenizer, tmp_path, ShapingConfig("uniform", show_samples=3))
     experiences = [copy.deepcopy(batch(tokenizer)[0]) for _ in range(7)]
-    for place, (experience, score) in enumerate(zip(experiences, (3, 9, 1, 7, 5, 2, 4), strict=True)):
-        experience.index = [2 * place, 2 * place + 1]
+    for number, (experience, score) in enumerate(zip(experiences, (3, 9, 1, 7, 5, 2, 4), strict=True)):
+        experience.index = [2 * number, 2 * number + 1]
         experience.rewards = torch.tensor([float(score), 100.0])
         experience.info = {"reward": experience.rewards}
     lines, _ = recorded(host, experiences)
@@ -205,19 +207,17 @@ def test_signed_credit_keeps_its_sign():
 
 def test_a_resumed_run_replaces_the_steps_it_repeats_and_a_killed_one_leaves_no_mess(tokenizer, tmp_path):
     host = trainer(tokenizer, tmp_path, ShapingConfig("uniform", show_every=1))
-    first = Recorder(host)
+    first = host.experience_maker.recorder
     for step in (1, 2, 3, 4):
-        with first.watching(step):
-            host.experience_maker.compute_advantages_and_returns(batch(tokenizer))
+        make(host, batch(tokenizer), step)
     path = first.path
     path.write_bytes(path.read_bytes()[:-40])  # killed while it wrote step 4
     records, notes = read_records(path)
     assert [record.step for record in records] == [1, 2, 3]
     assert len(notes) == 1 and "completions.jsonl:4 is cut short" in notes[0]
-    second = Recorder(host)
+    host.experience_maker.recorder = second = Recorder(host)
     second.run = first.run + "later"
-    with second.watching(3):  # resumed from the checkpoint of step 2
-        host.experience_maker.compute_advantages_and_returns(batch(tokenizer))
+    make(host, batch(tokenizer), 3)  # resumed from the checkpoint of step 2
     records, notes = read_records(path)
     assert [(record.step, record.run) for record in records] == [(1, first.run), (2, first.run), (3, second.run)]
     assert len(notes) == 1
@@ -261,10 +261,8 @@ def test_without_matplotlib_the_run_goes_on_and_says_so_once(tokenizer, tmp_path
     monkeypatch.delitem(sys.modules, "abc_plugin.report.heatmap", raising=False)
     host = trainer(tokenizer, tmp_path, ShapingConfig("none", show_every=1))
     host.tensorboard_logger = types.SimpleNamespace(writer=Writer())
-    recorder = Recorder(host)
     for step in (1, 2):
-        with recorder.watching(step):
-            host.experience_maker.compute_advantages_and_returns(batch(tokenizer))
+        make(host, batch(tokenizer), step)
     assert capsys.readouterr().out.count("matplotlib is not installed") == 1
     assert not host.tensorboard_logger.writer.images
-    assert len(read_records(recorder.path)[0]) == 2
+    assert len(read_records(tmp_path / "completions.jsonl")[0]) == 2

@@ -108,7 +108,7 @@ def test_an_ensemble_scores_the_mean_and_hands_over_what_each_model_says(tiny, t
     both = worker(tiny, monkeypatch, shaping)
     both.members += worker(tmp_path, monkeypatch, shaping).members
     reward_B, evidence, info = both.forward(*batch)
-    first_B, second_B = (one.reward_B.float() for one in alone)
+    first_B, second_B = (one.output.float() for one in alone)
     torch.testing.assert_close(reward_B, (first_B + second_B) / 2)
     torch.testing.assert_close(info["reward_disagreement"], (first_B - second_B).abs() / 2)
     for member, one in zip(evidence, alone, strict=True):

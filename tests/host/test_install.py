@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from ray import cloudpickle
 
+import abc_plugin
 from abc_plugin.config import ShapingConfig
 from abc_plugin.errors import UserError
 from abc_plugin.host.imports import import_host
@@ -112,7 +113,7 @@ def test_an_unknown_method_or_a_plain_class_is_refused_and_nothing_is_left():
 def test_a_changed_host_is_refused_before_anything_is_rebound(monkeypatch):
     before = host_objects()
     monkeypatch.setattr(
-        "abc_plugin.host.install.refuse_broken_host", lambda: (_ for _ in ()).throw(UserError("OpenRLHF 0.11.2 in x"))
+        "abc_plugin.host.install.check_version", lambda: (_ for _ in ()).throw(UserError("OpenRLHF 0.11.2 in x"))
     )
     with pytest.raises(UserError, match=r"OpenRLHF 0\.11\.2"):
         plugin.install(ShapingConfig("abc"))
@@ -136,3 +137,10 @@ def test_names_of_the_users_own_modules_are_rebound_too(monkeypatch):
     assert driver.Trainer is importlib.import_module("openrlhf.trainer.ppo_trainer").PPOTrainer is not stock
     plugin.uninstall()
     assert driver.Trainer is stock
+
+
+def test_every_name_of_the_interface_is_there():
+    assert all(callable(getattr(abc_plugin, name)) for name in abc_plugin.__all__)
+    assert abc_plugin.install is plugin.install
+    with pytest.raises(AttributeError, match="no attribute 'nosuch'"):
+        abc_plugin.nosuch  # noqa: B018

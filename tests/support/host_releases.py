@@ -10,14 +10,7 @@ import pytest
 
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
-# All releases that are supported, by minor version and by the form of their flags.
-SUPPORTED = (
-    *("0.9.9", "0.9.10"),
-    *("0.10.0", "0.10.1", "0.10.1.post1", "0.10.1.post2"),
-    *("0.10.2", "0.10.3", "0.10.4"),
-    *("0.11.0", "0.11.1", "0.11.2"),
-)
-LAST_UNSUPPORTED = "0.9.8"
+SUPPORTED = ("0.10.2", "0.10.3", "0.10.4", "0.11.0", "0.11.1", "0.11.2")
 
 
 @cache

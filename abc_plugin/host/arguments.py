@@ -17,14 +17,19 @@ from abc_plugin.errors import UserError
 CLI = "openrlhf.cli.train_ppo_ray"
 
 
-def parse(argv: list[str], command: str = "local") -> Namespace:
-    """``args`` as the host's script hands them to its ``train(args)``: validated, and nested as there.
+class _Parsed(BaseException):
+    """Carries the parsed arguments out of the host's script."""
 
-    ``command`` stands for the program's name in help and errors.
+
+def parse(argv: list[str], command: str = "local", script: str = CLI, **names: Any) -> Namespace:
+    """``args`` as a script of the host hands them to its ``train`` or reward server: validated, and nested as there.
+
+    ``command`` stands for the program's name in help and errors; ``names`` of the script's module are used as given.
 
     The parser is not importable: it stands under ``if __name__ == "__main__"``, below imports of the whole training
     stack. So only that block is run, from the line that makes the parser (a patched host asks its plugins before), and
-    with names of our own for ``argparse.ArgumentParser`` and ``train``. ``--help`` ends there, before any import.
+    with names of our own for ``argparse.ArgumentParser`` and for what would use the arguments. ``--help`` ends there,
+    before any import.
     Raises UserError for what the host's script refuses, and when it is not installed.
     """
     if importlib.util.find_spec("openrlhf") is None:
@@ -40,25 +45,27 @@ def parse(argv: list[str], command: str = "local") -> Namespace:
         def error(self, message: str) -> NoReturn:
             raise UserError(f"{message} (flags are OpenRLHF's: {self.prog} --help)")
 
-    trained: list[Namespace] = []
-    names = {"argparse": SimpleNamespace(**vars(argparse) | {"ArgumentParser": Parser}), "train": trained.append}
+    def stop(args: Namespace) -> NoReturn:
+        raise _Parsed(args)
+
+    names |= {"argparse": SimpleNamespace(**vars(argparse) | {"ArgumentParser": Parser})}
     try:
-        exec(_parsing_code(), names)
+        exec(_parsing_code(script), names | {"train": stop, "RewardModelProxy": stop})
+    except _Parsed as parsed:
+        return parsed.args[0]
     except UserError:
         raise
     except Exception as error:  # assertions, and what the script trips over when a value makes no sense
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         hint = " (one process runs without vLLM engines)" if command == "local" else ""
         raise UserError(f"OpenRLHF refused the flags: {reason}{hint}") from None
-    if not trained:
-        raise RuntimeError(f"{CLI} ended without calling train(args): this OpenRLHF version is not supported")
-    return trained[0]
+    raise RuntimeError(f"{script} ended without using its arguments: this OpenRLHF version is not supported")
 
 
 @functools.cache
-def _parsing_code() -> CodeType:
+def _parsing_code(module: str) -> CodeType:
     """The host's script from ``parser = argparse.ArgumentParser()`` to its end, after its imports of Python's own."""
-    path = importlib.util.find_spec(CLI).origin
+    path = importlib.util.find_spec(module).origin
     script = ast.parse(Path(path).read_text(encoding="utf-8"), path)
     imports = [
         node

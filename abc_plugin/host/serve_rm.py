@@ -16,11 +16,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import runpy
 import sys
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -126,22 +124,16 @@ def main(argv: list[str]) -> int:
 
 
 def _load(argv: list[str]) -> tuple[Any, Any]:
-    """Run the host's script up to where it would serve; returns its RewardModelProxy and its arguments."""
-    stopped: dict[str, Any] = {}
+    """The host's loaded reward model (its RewardModelProxy), and its arguments."""
+    from abc_plugin.host.arguments import parse
 
-    def instead_of_serving(*_args: object, **_kwargs: object) -> None:
-        stopped.update(sys._getframe(1).f_globals)
-
-    with (
-        mock.patch("uvicorn.run", instead_of_serving),
-        mock.patch.object(sys, "argv", ["abc-rlhf serve-rm", *argv]),
-    ):
-        try:
-            runpy.run_path(importlib.util.find_spec(CLI).origin, run_name="__main__")
-        except Exception as error:  # whatever the host or transformers trip over while they load the model
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"the reward model cannot be loaded: {reason} (abc-rlhf serve-rm --help)") from error
-    return stopped["reward_model"], stopped["args"]
+    host = importlib.import_module(CLI)
+    args = parse(argv, "serve-rm", CLI, hierarchize=host.hierarchize)
+    try:
+        return host.RewardModelProxy(args), args
+    except Exception as error:  # whatever the host or transformers trip over while they load the model
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"the reward model cannot be loaded: {reason} (abc-rlhf serve-rm --help)") from error
 
 
 def _app(server: CreditServer) -> Any:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 
-from abc_plugin.errors import CreditError
 from abc_plugin.host.install import undecorated
 from abc_plugin.host.maker import CreditExperienceMaker
 from abc_plugin.host.recorder import Recorder
 
 
 class WithCredit:
-    """Mixed into a trainer of the host: while it is made, the experience maker's name stands for ours."""
+    """Mixed into a trainer of the host: its experience maker is made again, as ours, of the same parts."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
-        # The host's constructor makes the maker by this name and has no argument for another.
-        with mock.patch.object(ppo_trainer, "RemoteExperienceMaker", CreditExperienceMaker):
-            super().__init__(*args, **kwargs)
-        if not isinstance(self.experience_maker, CreditExperienceMaker):
-            raise CreditError(f"{type(self).__name__} made no CreditExperienceMaker: this OpenRLHF is not supported")
+        super().__init__(*args, **kwargs)
+        host = self.experience_maker
+        groups = (host.actor_model_group, host.critic_model_group, host.reward_model_group, host.initial_model_group)
+        self.experience_maker = CreditExperienceMaker(*groups, host.kl_ctl, host.strategy, host.tokenizer)
         self.experience_maker.recorder = Recorder(self)
 
     def train_step(self, rollout_samples: list, global_step: int) -> tuple[dict, int]:

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -12,7 +13,7 @@ import psutil
 import pytest
 import torch
 from ray_support import CLONE, RayRun, assert_identical, ray_flags, ray_python, run_ray
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModel
 
@@ -94,12 +95,6 @@ def test_credit_metrics_are_logged(abc, abc_dir):
         assert [event.step for event in events.Scalars(f"train/{name}")] == [1, 2, 3]
 
 
-def test_asynchronous_training(tiny, tmp_path):
-    finished = run("abc", tiny, tmp_path, reward_shaping="abc", **{"train.async_enable": True})
-    assert len(finished.steps) == 3 and arrived(finished.log) == 1
-    assert "CreditTrainingActor" in finished.log
-
-
 def test_two_ranks_of_each_model_without_a_critic(tiny, tmp_path):
     """Two actor, reference and reward ranks; groups of two samples; credit after the groups' baseline."""
     changes = {f"{model}.num_gpus_per_node": 2 for model in ("actor", "ref", "reward")}
@@ -113,16 +108,39 @@ def test_two_ranks_of_each_model_without_a_critic(tiny, tmp_path):
     assert recovered == pytest.approx(expected_entropies(tiny, finished.steps[0]), abs=0.03)  # bf16 against fp32
 
 
-def test_packed_sequences_in_dynamic_batches(tiny, tmp_path, abc):
-    """The host packs under flash attention only; its kernels are a stand-in here, all else is the real path."""
+def test_an_agent_of_two_turns_in_asynchronous_training_brings_its_own_credit(tiny, tmp_path):
+    changes = {"train.agent_func_path": TESTS / "support" / "two_turn_agent.py", "rollout.max_new_tokens": 4}
+    changes |= {"train.async_enable": True}
+    finished = run("abc", tiny, tmp_path, reward_shaping="abc", **changes)
+    assert len(finished.steps) == 3 and arrived(finished.log) == 1
+    assert "CreditTrainingActor" in finished.log
+    for one in finished.steps[0]:
+        for mask_A, moved in zip(one["action_mask"], one["info"]["credit_moved"], strict=True):
+            starts = (mask_A[1:] > mask_A[:-1]).sum() + mask_A[0]
+            assert starts == 2 and moved == 0.0
+
+
+def test_two_reward_models_on_packed_sequences_in_dynamic_batches(tiny, tmp_path, abc):
+    """The host packs under flash attention only; its kernels are a stand-in here, all else is the real path.
+
+    Both reward models have the same trunk, so that their credit is that of one, and another head.
+    """
+    second = shutil.copytree(tiny / "reward_model", tmp_path / "second")
+    weights = load_file(second / "model.safetensors")
+    weights["score.weight"] = weights["score.weight"].flip(1).contiguous()
+    save_file(weights, second / "model.safetensors", metadata={"format": "pt"})
     changes = {"ds.attn_implementation": "flash_attention_2", "ds.packing_samples": True}
     changes |= {"train.dynamic_batch_enable": True, "train.max_tokens_per_gpu": 96}
-    finished = run("abc", tiny, tmp_path, reward_shaping="abc", **changes)
+    changes |= {"reward.model_name_or_path": f"{tiny / 'reward_model'},{second}"}
+    finished = run("abc", tiny, tmp_path / "run", reward_shaping="abc", **changes)
     assert len(finished.steps) == 3 and arrived(finished.log) == 1
     by_sequence = [credit_by_sequence(one.steps[0]) for one in (finished, abc)]
     assert by_sequence[0].keys() == by_sequence[1].keys()
     for key, entropy in by_sequence[0].items():
         assert entropy == pytest.approx(by_sequence[1][key], abs=0.03)  # bf16, another kernel
+    assert (column(finished, 0, "reward_disagreement") > 0).all()
+    assert column(finished, 0, "credit_disagreement").max() < 1e-5
+    assert column(finished, 0, "credit_conservation_error").max() < 1e-5
 
 
 def test_the_policys_own_attention_credits_the_reward_of_a_rule(tiny, tmp_path):
@@ -202,16 +220,6 @@ def test_a_reward_server_gives_the_credit_of_the_model_on_the_cluster(tiny, tmp_
     assert len(same) >= len(remote) - 2, (remote, local)
 
 
-def test_an_agent_of_two_turns_brings_its_own_credit(tiny, tmp_path):
-    changes = {"train.agent_func_path": TESTS / "two_turn_agent.py", "rollout.max_new_tokens": 4}
-    finished = run("abc", tiny, tmp_path, reward_shaping="abc", **changes)
-    assert len(finished.steps) == 3 and arrived(finished.log) == 1
-    for one in finished.steps[0]:
-        for mask_A, moved in zip(one["action_mask"], one["info"]["credit_moved"], strict=True):
-            starts = (mask_A[1:] > mask_A[:-1]).sum() + mask_A[0]
-            assert starts == 2 and moved == 0.0
-
-
 def test_a_reward_model_with_another_tokenizer(other, tmp_path):
     changes = {"reward.model_name_or_path": other / "reward_model", "shaping.tokenizer_check": "map"}
     finished = run("abc", other, tmp_path, reward_shaping="abc", **changes)
@@ -238,8 +246,8 @@ def test_a_rule_that_sends_no_credit_is_told_what_to_use(tiny, tmp_path):
 def test_a_killed_worker_is_named_and_the_run_continues_from_its_checkpoint(tiny, tmp_path):
     out = tmp_path / "run"
     steps = {"ckpt.save_steps": 1, "data.max_samples": 32, "logger.tensorboard_dir": out / "tensorboard"}
-    flags = ray_flags(tiny, out, **CHANGES, **steps, reward_shaping="abc")
-    words = [ray_python(), TESTS / "ray_run.py", "abc", tmp_path / "records", *map(str, flags)]
+    flags = ray_flags(tiny, out, **CHANGES, **steps, reward_shaping="prefix")
+    words = [ray_python(), TESTS / "support" / "ray_run.py", "abc", tmp_path / "records", *map(str, flags)]
     with open(tmp_path / "log", "w") as log, subprocess.Popen(words, stdout=log, stderr=log, cwd=tmp_path) as driver:
         try:
             saved = out / "checkpoints" / "_critic" / "global_step1"  # the critic saves last
@@ -259,6 +267,7 @@ def test_a_killed_worker_is_named_and_the_run_continues_from_its_checkpoint(tiny
     assert arrived(resumed.log) == 1
     assert "'global_step': " in resumed.log and "'global_step': 0" not in resumed.log
     assert len(resumed.steps) > done  # records of both runs
+    assert 0 < column(resumed, -1, "credit_negative_share").mean() < 1
 
 
 def test_the_smoke_script(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from abc_plugin.attention import attach
+from abc_plugin.attention.layers import skeleton
 from abc_plugin.attention.readers import attach_readers, check_causal
 from abc_plugin.config import ShapingConfig
 from abc_plugin.credit import methods
@@ -156,11 +157,12 @@ def check_readers(
     needs = methods.load(shaping.method).needs & {"attention", "prefix"} if shaping.dense else frozenset()
     if not needs:
         return
-    skeleton = model_files.skeleton(args, "--reward.model_name_or_path", path, config, runs_here=runs_here)
+    name = f"--reward.model_name_or_path {path}"
+    model = skeleton(config, args.ds.attn_implementation, name=name, runs_here=runs_here)
     if "prefix" in needs:
-        check_causal(skeleton)
-    about = {"layer": shaping.layer, "recovery": shaping.recovery, "heads": shaping.head_list}
-    for reader in attach_readers(skeleton, needs & {"attention"}, **about).values():
+        check_causal(model)
+    options = {"layer": shaping.layer, "recovery": shaping.recovery, "heads": shaping.head_list}
+    for reader in attach_readers(model, needs & {"attention"}, **options).values():
         reader.close()
 
 
@@ -177,8 +179,9 @@ def check_policy(args: Namespace, shaping: ShapingConfig, *, runs_here: bool = T
     flag = "--actor.model_name_or_path"
     try:
         path = model_files.adapter_base(path) or path
-        skeleton = model_files.skeleton(args, flag, path, model_files.read_config(flag, path), runs_here=runs_here)
-        attach(skeleton, layer=shaping.layer, recovery=shaping.recovery).close()
+        config = model_files.read_config(flag, path)
+        model = skeleton(config, args.ds.attn_implementation, name=f"{flag} {path}", runs_here=runs_here)
+        attach(model, layer=shaping.layer, recovery=shaping.recovery).close()
     except UserError as error:
         raise UserError(f"--reward_shaping {shaping.method} reads the policy {path}: {error}") from None
 

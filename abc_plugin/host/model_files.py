@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from openrlhf.datasets.utils import blending_datasets
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -76,27 +76,6 @@ def weight_names(flag: str, path: str) -> set[str]:
         with safe_open(file, "pt") as tensors:
             return set(tensors.keys())
     raise UserError(f"{flag} {path} has no weights ({SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}); save the model there")
-
-
-def skeleton(
-    args: Namespace, flag: str, path: str, config: PretrainedConfig, *, runs_here: bool = True
-) -> PreTrainedModel:
-    """A model of this structure without weights, under the attention implementation that the run uses.
-
-    runs_here: whether this machine must be able to run that implementation.
-    """
-    implementation = args.ds.attn_implementation
-    try:
-        with torch.device("meta"):
-            model = AutoModel.from_config(
-                config, attn_implementation=implementation if runs_here else "eager", trust_remote_code=True
-            )
-    except (ValueError, ImportError) as error:
-        raise UserError(
-            f"{flag} {path} does not run under --ds.attn_implementation {implementation}: {str(error).split('. ')[0]}"
-        ) from None
-    model.config._attn_implementation = implementation
-    return model
 
 
 def quiet_strategy(args: Namespace) -> SimpleNamespace:

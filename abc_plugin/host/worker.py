@@ -16,8 +16,8 @@ from torch.distributed import ProcessGroup
 from transformers import AutoConfig
 
 from abc_plugin.attention import attach
-from abc_plugin.attention.positions import generating_rows
 from abc_plugin.attention.layers import unwrap
+from abc_plugin.attention.positions import generating_rows
 from abc_plugin.attention.readers import attach_readers, record, rows
 from abc_plugin.credit import methods
 from abc_plugin.credit.methods import policy_need

@@ -37,6 +37,7 @@ MUST_NOT_IMPORT = {
     "abc_plugin.report.command": ("torch", "transformers", "openrlhf"),
     "abc_plugin.tools.study.command": ("torch", "transformers", "openrlhf"),
     "abc_plugin.tools.audit.command": ("openrlhf", "ray", "deepspeed", "peft"),
+    "abc_plugin.tools.lab.command": ("transformers", "openrlhf", "ray"),
     "abc_plugin.tools.demo.prepare": ("openrlhf", "ray", "deepspeed"),
 }
 

@@ -1,6 +1,7 @@
-"""The audit on reward models whose score is known (audit_models.py): what it must find, resuming, bad input."""
+"""The audit on reward models whose score is known (audit_models.py): what it must find, and going on after a kill."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import audit_models
@@ -13,10 +14,10 @@ from abc_plugin.config import ShapingConfig
 from abc_plugin.credit import methods as registry
 from abc_plugin.errors import UserError
 from abc_plugin.tools.audit import command
+from abc_plugin.tools.audit.estimates import CONCENTRATION
 from abc_plugin.tools.audit.measure import credit_of, curves, removal_order
 from abc_plugin.tools.audit.results import Results
 from abc_plugin.tools.audit.reward_model import RewardModel
-from abc_plugin.tools.audit.shares import PLACES
 
 OUTPUTS = ["agreement.png", "audit.html", "audit.json", "completions.jsonl", "curves.png", "heads.png", "shares.png"]
 
@@ -33,8 +34,8 @@ def made(tmp_path_factory):
 
 
 def words(made, out, model="even", data="mixed", *more):
-    flags = {"--reward.model_name_or_path": made / model, "--data": made / f"{data}.jsonl", "--out": out}
-    return ["audit", *(str(word) for pair in flags.items() for word in pair), *more]
+    options = {"--reward.model_name_or_path": made / model, "--data": made / f"{data}.jsonl", "--out": out}
+    return ["audit", *(str(word) for pair in options.items() for word in pair), *more]
 
 
 def audit(made, out, *args):
@@ -42,11 +43,12 @@ def audit(made, out, *args):
     return json.loads((out / "audit.json").read_text(encoding="utf-8"))
 
 
-def refused(capsys, arguments):
-    assert main(arguments) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("abc-rlhf: error: ")
-    return error
+@pytest.fixture(scope="module")
+def attentive(made, tmp_path_factory):
+    """The directory of an audit that finds abc's credit good."""
+    out = tmp_path_factory.mktemp("attentive")
+    audit(made, out, "attentive", "good", "--methods", "abc", "uniform", "none")
+    return out
 
 
 def test_scores_effects_and_gradients_are_exact(made):
@@ -62,14 +64,12 @@ def test_scores_effects_and_gradients_are_exact(made):
     assert look.evidence["prefix"][:4].tolist() == pytest.approx([0, 0, 4 / 3, 1], abs=1e-5)
     without = model.scores([ids[:t] + ids[t + 1 :] for t in range(8)])
     assert without == pytest.approx([4 * (0.6 - value) / 7 for value in values], abs=1e-5)
-    model.close()
 
 
 def test_the_score_is_that_of_the_checkpoint_and_normalised_where_asked(made, tmp_path):
     ids = torch.tensor([audit_models.make_tokenizer()("w1 good w2 fine .").input_ids])
-    stock = AutoModelForSequenceClassification.from_pretrained(made / "attentive")
-    expected = stock(ids).logits.item()
-    audit_models.save_reward_model(tmp_path, 3.0)
+    expected = AutoModelForSequenceClassification.from_pretrained(made / "attentive")(ids).logits.item()
+    shutil.copytree(made / "attentive", tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"mean": 0.25, "std": 2.0}))
     plain, normalised = (RewardModel(str(tmp_path), normalise=normalise) for normalise in (False, True))
@@ -96,36 +96,36 @@ def test_it_finds_the_tokens_that_count_and_no_merit_in_chance(made, tmp_path, c
         record = json.loads(line)
         first = max(range(9), key=lambda t: abs(record["effect"][t]))
         assert record["tokens"][first].strip() in audit_models.VALUES
-    assert "grad_input" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "grad_input" in printed and "audit.html" in printed
 
 
-def test_attention_to_the_tokens_that_count_is_found_better(made, tmp_path, capsys):
-    result = audit(made, tmp_path, "attentive", "good", "--methods", "abc", "uniform", "none")
+def test_attention_to_the_tokens_that_count_is_found_better(attentive):
+    result = json.loads((attentive / "audit.json").read_text())
     assert result["advice"][0].startswith("ABC credit of this model is better than uniform: it follows")
     separation = {name: result["methods"][name]["separation"]["mean"] for name in ("abc", "leave_one_out")}
     assert separation["abc"] == pytest.approx(separation["leave_one_out"], rel=0.01)
     assert result["heads"]["carrying"] == [[0, 0]] and result["heads"]["against"] == []
     assert result["heads"]["layer"]["layer"] == 0
-    own = {name: result["methods"]["abc"][name]["mean"] for name in PLACES}  # of the one layer's one head
+    own = {name: result["methods"]["abc"][name]["mean"] for name in CONCENTRATION}  # of the one layer's one head
     for name, value in own.items():
         assert result["heads"]["shares_LH"][name] == [[pytest.approx(value, abs=1e-4)]], name
         assert result["heads"]["shares_L"][name] == [pytest.approx(value, abs=1e-4)], name
     assert own["last"] == own["punctuation"] < 1 / 9 and own["entropy"] < 0.95  # the full stop gets little
-    assert "audit.html" in capsys.readouterr().out
 
 
-def test_attention_to_the_other_tokens_is_found_worse(made, tmp_path):
+def test_attention_to_the_other_tokens_is_found_worse_and_dropped_tokens_are_those_of_training(made, tmp_path):
     """Attention shuns the words that raise the score, so its credit runs against their effects."""
-    result = audit(made, tmp_path, "blind", "good", "--methods", "abc")
+    result = audit(made, tmp_path, "blind", "good", "--methods", "abc", "none", "--shaping.drop", "sinks")
     assert result["methods"]["abc"]["spearman"]["high"] < 0
     assert result["advice"][0].startswith("ABC credit of this model is worse than uniform")
     assert result["heads"]["against"] == [[0, 0]]
+    assert result["methods"]["abc"]["last"]["mean"] == 0.0
+    assert result["methods"]["none"]["last"]["mean"] == 0.0  # its only token is dropped: uniform over the others
 
 
-def test_a_killed_audit_goes_on_and_ends_with_identical_files(made, tmp_path, monkeypatch, capsys):
-    audit(made, tmp_path / "whole", "attentive")
-    stop, measure = tmp_path / "killed", command.measure
-    calls = []
+def test_a_killed_audit_goes_on_and_ends_with_identical_files(made, attentive, tmp_path, monkeypatch):
+    measure, calls = command.measure, []
 
     def killed(*args):
         calls.append(args)
@@ -134,37 +134,41 @@ def test_a_killed_audit_goes_on_and_ends_with_identical_files(made, tmp_path, mo
         return measure(*args)
 
     monkeypatch.setattr(command, "measure", killed)
-    assert main(words(made, stop, "attentive")) == 130
-    written = stop / "completions.jsonl"
+    again = words(made, tmp_path, "attentive", "good", "--methods", "abc", "uniform", "none")
+    assert main(again) == 130
+    written = tmp_path / "completions.jsonl"
     assert len(written.read_bytes().splitlines()) == 4  # the configuration and three completions
     with written.open("a") as file:
         file.write('{"row": 4, "prompt": "w')  # a kill in the midst of a line
-    audit(made, stop, "attentive")
+    assert main(again) == 0
     assert len(calls) == 4 + 13
     for name in OUTPUTS:
-        if name != "audit.html":  # whose footer holds the command, with --out
-            assert (stop / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    pages = [(path / "audit.html").read_text().replace(str(path), "OUT") for path in (stop, tmp_path / "whole")]
-    assert pages[0] == pages[1]
+        before, after = ((path / name).read_bytes().replace(bytes(path), b"OUT") for path in (attentive, tmp_path))
+        assert before == after, name
 
 
-def test_results_of_another_configuration_are_refused_and_kept(made, tmp_path, capsys):
-    audit(made, tmp_path, "attentive", "good", "--methods", "abc")
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    for change, name in (
-        (words(made, tmp_path, "attentive", "good", "--methods", "uniform"), "methods"),
-        (words(made, tmp_path, "attentive", "mixed", "--methods", "abc"), "completions"),
-        (words(made, tmp_path, "blind", "good", "--methods", "abc"), "model"),
-        (words(made, tmp_path, "attentive", "good", "--methods", "abc", "--shaping.drop", "sinks"), "drop"),
+def test_results_of_another_configuration_are_refused_and_kept(made, attentive, capsys):
+    before = {path: path.read_bytes() for path in attentive.iterdir()}
+
+    def refused(*args):
+        assert main(words(made, attentive, *args)) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("abc-rlhf: error: ") and "choose another --out" in error
+        return error
+
+    same = ("attentive", "good", "--methods", "abc", "uniform", "none")
+    for args, name in (
+        (("attentive", "good", "--methods", "uniform"), "methods"),
+        (("attentive", "mixed", *same[2:]), "completions"),
+        (("blind", *same[1:]), "model"),
+        ((*same, "--shaping.drop", "sinks"), "drop"),
     ):
-        error = refused(capsys, change)
-        assert f"another configuration ({name}: " in error and "choose another --out" in error
-    written = tmp_path / "completions.jsonl"
+        assert f"another configuration ({name}: " in refused(*args)
+    written = attentive / "completions.jsonl"
     written.write_bytes(before[written].replace(b'"format": 2, ', b"", 1))  # as earlier versions began it
-    error = refused(capsys, words(made, tmp_path, "attentive", "good", "--methods", "abc"))
-    assert "was written by another version of the audit" in error and "choose another --out" in error
+    assert "was written by another version of the audit" in refused(*same)
     written.write_bytes(before[written])
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path: path.read_bytes() for path in attentive.iterdir()} == before
 
 
 def test_outputs_without_their_results_are_refused(tmp_path):
@@ -177,9 +181,11 @@ def test_outputs_without_their_results_are_refused(tmp_path):
     with pytest.raises(UserError, match="is not an audit's"):
         Results(tmp_path, {})
     assert (tmp_path / "completions.jsonl").read_text() == '{"prompt": "p", "completion": "c"}\n'
+    (tmp_path / "completions.jsonl").write_text('{"form')  # a kill in the midst of the first line
+    assert Results(tmp_path, {}).records == []
 
 
-def test_prefix_credit_leaves_the_prompts_own_score_out(made, tmp_path):
+def test_prefix_credit_leaves_the_prompts_own_score_out(made):
     """By hand: the score is 4 · the mean value of the text so far, the prompt's own 4 / 2."""
     model = RewardModel(str(made / "even"), needs=frozenset({"prefix"}))
     ids = audit_models.make_tokenizer()("good w1 w2 bad .").input_ids
@@ -191,30 +197,23 @@ def test_prefix_credit_leaves_the_prompts_own_score_out(made, tmp_path):
         credit_T = credit_of(registry.load("prefix"), completion, model.look(ids), empty, ShapingConfig())
         steps = [after - before for before, after in zip(scores, scores[1:], strict=False)]
         assert credit_T.tolist() == pytest.approx(steps, abs=1e-5)
-    model.close()
-
-
-def test_dropped_heads_and_floors_are_those_of_training(made, tmp_path):
-    result = audit(made, tmp_path, "attentive", "good", "--methods", "abc", "none", "--shaping.drop", "sinks")
-    assert result["methods"]["abc"]["last"]["mean"] == 0.0
-    assert result["methods"]["none"]["last"]["mean"] == 0.0  # its only token is dropped: uniform over the others
 
 
 def test_memory_that_runs_out_halves_the_batch(made, monkeypatch):
     model = RewardModel(str(made / "even"))
     sequences = [[3 + i % 4] * (1 + i % 7) for i in range(40)]
-    expected, sizes, score = model.scores(sequences), [], model._scores
+    expected, sizes, score = model.scores(sequences), [], model._forward
 
     def small(batch):
         sizes.append(len(batch))
         if len(batch) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return score(batch)
 
-    monkeypatch.setattr(model, "_scores", small)
+    monkeypatch.setattr(model, "_forward", small)
     assert model.scores(sequences) == pytest.approx(expected, abs=1e-6)
     assert sizes[0] == 40 and sizes[-1] <= 3
-    monkeypatch.setattr(model, "_scores", lambda batch: (_ for _ in ()).throw(RuntimeError("another fault")))
+    monkeypatch.setattr(model, "_forward", lambda batch: (_ for _ in ()).throw(RuntimeError("another fault")))
     with pytest.raises(RuntimeError, match="another fault"):
         model.scores(sequences)
 
@@ -228,10 +227,7 @@ def test_curves_by_hand():
     assert drawn["right"]["highest"] == [155, 145, 136, 128, 121, 115, 110, 106, 103, 101, 100]
     assert drawn["right"]["lowest"] == [155, 154, 152, 149, 145, 140, 134, 127, 119, 110, 100]
     assert drawn["signed"]["highest"][:2] == [155, 153] and drawn["signed"]["lowest"][:2] == [155, 154]
-
-
-def test_equal_credit_is_removed_in_random_order():
-    orders = [removal_order(torch.zeros(6), seed) for seed in range(200)]
+    orders = [removal_order(torch.zeros(6), seed) for seed in range(200)]  # equal credit is removed in random order
     assert all(sorted(order) == list(range(6)) for order in orders)
     first = [order[0] for order in orders]
     assert all(15 <= first.count(token) <= 55 for token in range(6))  # 33 expected

@@ -33,11 +33,12 @@ def rows(count=12, **fields):
     return [{"prompt": f"w{i % 12} w1", "completion": "w2 good ."} | fields for i in range(count)]
 
 
-def test_prompt_and_completion_become_ids(tmp_path, tokenizer):
-    [first, *_] = read(write(tmp_path / "d", rows()), tokenizer, Reading(), 32)
-    assert (first.row, first.prompt) == (1, "w0 w1")
-    assert tokenizer.convert_ids_to_tokens(first.prompt_ids + first.ids) == ["w0", "w1", "w2", "good", "."]
-    assert first.punctuation == [False, False, True] and first.special == [False] * 3
+def test_prompt_and_completion_become_ids_at_evenly_spaced_lines(tmp_path, tokenizer):
+    chosen = read(write(tmp_path / "d", rows(100)), tokenizer, Reading(samples=20), 32)
+    assert [completion.row for completion in chosen] == list(range(1, 100, 5))
+    assert chosen[0].prompt == "w0 w1"
+    assert tokenizer.convert_ids_to_tokens(chosen[0].prompt_ids + chosen[0].ids) == ["w0", "w1", "w2", "good", "."]
+    assert chosen[0].punctuation == [False, False, True] and chosen[0].special == [False] * 3
 
 
 def test_eos_is_appended_where_it_lacks(tmp_path, tokenizer):
@@ -47,29 +48,24 @@ def test_eos_is_appended_where_it_lacks(tmp_path, tokenizer):
     assert {len(completion.ids) for completion in chosen[:-1]} == {4} and len(chosen[-1].ids) == 3
 
 
-def test_whole_texts_are_split(tmp_path, tokenizer):
-    records = [{"text": f"w{i} w1 w3 good fine ."} for i in range(12)]
-    reading = Reading(completion_key="text", split=2)
-    [first, *_] = read(write(tmp_path / "d", records), tokenizer, reading, 32)
-    assert first.prompt == "w0 w1" and tokenizer.convert_ids_to_tokens(first.ids) == ["w3", "good", "fine", "."]
+SPLIT = {"completion_key": "text", "split": 2}
+TURN = [{"role": "user", "content": "w0"}]
 
 
-def test_samples_of_evaluate_and_chats_are_read(tmp_path, tokenizer):
-    records = [
-        {"prompt": f"w{i}", "tokens": ["w2", " good", " ."], "credit": [1, 0, 0], "reward": 1} for i in range(12)
-    ]
-    [first, *_] = read(write(tmp_path / "d", records), tokenizer, Reading(), 32)
-    assert tokenizer.convert_ids_to_tokens(first.ids) == ["w2", "good", "."]
-    tokenizer.chat_template = "{% for turn in messages %}{{ turn['content'] }} w7{% endfor %}"
-    records = [{"prompt": [{"role": "user", "content": f"w{i}"}], "completion": "w2 good ."} for i in range(12)]
-    [first, *_] = read(write(tmp_path / "d", records), tokenizer, Reading(), 32)
-    tokenizer.chat_template = None
-    assert first.prompt == "w0 w7"
-
-
-def test_samples_are_spread_over_the_file(tmp_path, tokenizer):
-    chosen = read(write(tmp_path / "d", rows(100)), tokenizer, Reading(samples=20), 32)
-    assert [completion.row for completion in chosen] == list(range(1, 100, 5))
+@pytest.mark.parametrize(
+    ("record", "reading", "prompt", "tokens"),
+    [
+        ({"text": "w0 w1 w3 good ."}, SPLIT, "w0 w1", ["w3", "good", "."]),  # a whole text
+        ({"prompt": "w0", "tokens": ["w2", " good", " ."]}, {}, "w0", ["w2", "good", "."]),  # abc-rlhf evaluate's
+        ({"prompt": TURN, "completion": "w2 good ."}, {}, "w0 w7", ["w2", "good", "."]),  # a chat
+    ],
+)
+def test_other_forms_of_a_line(record, reading, prompt, tokens, tmp_path, tokenizer, monkeypatch):
+    template = "{% for turn in messages %}{{ turn['content'] }} w7{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    others = [json.loads(json.dumps(record).replace("w0", f"w{i}")) for i in range(1, 12)]
+    [first, *_] = read(write(tmp_path / "d", [record, *others]), tokenizer, Reading(**reading), 32)
+    assert first.prompt == prompt and tokenizer.convert_ids_to_tokens(first.ids) == tokens
 
 
 def test_punctuation():
@@ -82,7 +78,7 @@ def test_punctuation():
     [
         ("", {}, "is empty"),
         ("nonsense\n", {}, ":1: not JSON"),
-        ("[1]\n", {}, ":1: no JSON object but list"),
+        ("[1]\n", {}, ":1: not an object but list"),
         ('{"prompt": "w1"}\n', {}, ":1: no key 'completion', only prompt; --prompt_key and --completion_key name"),
         ('{"prompt": "w1", "completion": "w2"}\n', {"prompt_key": "q"}, "no key 'q', only prompt, completion"),
         ('\n{"prompt": "w1", "completion": ""}\n', {}, ":2: the completion is empty"),
@@ -128,7 +124,7 @@ def command(tmp_path, model_path, *more):
         (["--shaping.heads", "1"], "--shaping.heads 1: the layer has 1 heads"),
         (["--ds.value_head_prefix", "value_head"], "has no weight value_head.weight: it is no reward model"),
         (["--reward.model_name_or_path", "/no/such"], "/no/such: no such directory"),
-        (["--data", "/no/such"], "cannot read --data /no/such"),
+        (["--data", "/no/such"], "cannot read /no/such: No such file or directory; give --data a file"),
         (["--reward.model_name_or_path", "/a/rm,/b/rm"], "/a/rm,/b/rm: several reward models; audit one at a time"),
         (["--out", "/dev/null/x"], "cannot write to --out /dev/null/x"),
     ],
@@ -170,7 +166,6 @@ def test_rows_of_every_layer_and_head_of_other_families(family, tmp_path):
     assert look.rows_LHS.shape == (2, 4, 11)
     assert look.rows_LHS.sum(-1) == pytest.approx(torch.ones(2, 4), abs=1e-5)
     assert look.gradient_S == pytest.approx(look.evidence["gradient"], abs=1e-5)
-    model.close()
 
 
 def test_scores_that_are_not_numbers_end_it_by_row(tmp_path, capsys):
@@ -183,14 +178,14 @@ def test_scores_that_are_not_numbers_end_it_by_row(tmp_path, capsys):
 
 
 def test_gradients_of_rounded_weights_are_refused(tmp_path, model_path, monkeypatch, capsys):
-    load = reward_model.load
+    load = reward_model.load_reward_model
 
     def quantised(*args, **kwargs):
         model = load(*args, **kwargs)
         model.is_quantized = True
         return model
 
-    monkeypatch.setattr(reward_model, "load", quantised)
+    monkeypatch.setattr(reward_model, "load_reward_model", quantised)
     assert main(command(tmp_path, model_path)) == 2
     error = capsys.readouterr().err
     assert "is a quantised checkpoint, whose kernels need not have a backward pass: audit the unquantised one" in error

@@ -1,22 +1,41 @@
-"""Statistics, the choice of layers and heads, and the verdict: by hand, against scipy, and on audits of noise."""
+"""Statistics, the choice of layers and heads, and the advice: by hand, against scipy, and on audits of noise."""
 
 import math
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from snapshots import assert_snapshot
 
 from abc_plugin.tools.audit.advice import advise, verdict
-from abc_plugin.tools.audit.heads import halves, map_heads
-from abc_plugin.tools.audit.measure import LEAVE_ONE_OUT, RANDOM, RECENCY, curves, recency_credit
-from abc_plugin.tools.audit.page import render
-from abc_plugin.tools.audit.shares import PLACES, shares
-from abc_plugin.tools.audit.stats import Interval, difference, interval, needed, pearson, spearman
-from abc_plugin.tools.audit.summary import STATISTICS, background, summarise
+from abc_plugin.tools.audit.audit_page import render
+from abc_plugin.tools.audit.estimates import (
+    CONCENTRATION,
+    Interval,
+    concentration,
+    interval,
+    needed,
+    pearson,
+    shares,
+    spearman,
+)
+from abc_plugin.tools.audit.head_map import halves, map_heads
+from abc_plugin.tools.audit.measure import curves, recency_credit
+from abc_plugin.tools.audit.summary import (
+    LEAVE_ONE_OUT,
+    RANDOM,
+    RECENCY,
+    background,
+    gain,
+    statistics,
+    summarise,
+    tabulate,
+)
 
 NAN = math.nan
 numbers = st.lists(st.floats(-1e3, 1e3).map(lambda x: round(x, 2)), min_size=3, max_size=30)
@@ -26,12 +45,8 @@ def test_correlations_by_hand():
     assert pearson([1, 2, 3], [1, 2, 4]) == pytest.approx(3 / math.sqrt(2 * 14 / 3))
     assert spearman([10, 20, 30], [1, 2, 400]) == pytest.approx(1.0)
     assert spearman([1, 2, 3, 4], [1, 1, 2, 0]) == pytest.approx(-0.316227766)  # ranks 1 2 3 4 and 2.5 2.5 4 1
-
-
-def test_correlations_that_are_not_defined():
-    assert pearson([1, 1, 1], [1, 2, 3]) is None
-    assert pearson([1, 2], [2, 1]) is None
-    assert spearman([], []) is None
+    for undefined in (pearson([1, 1, 1], [1, 2, 3]), pearson([1, 2], [2, 1]), spearman([], [])):
+        assert math.isnan(undefined)
 
 
 @given(numbers, st.randoms())
@@ -39,27 +54,33 @@ def test_correlations_that_are_not_defined():
 def test_correlations_agree_with_scipy(x, random):
     y = [value + random.choice([-1.0, 0.0, 1.0, 50.0]) for value in x]
     if len(set(x)) < 2 or len(set(y)) < 2:
-        assert pearson(x, y) is None
+        assert math.isnan(pearson(x, y))
         return
     assert pearson(x, y) == pytest.approx(scipy.stats.pearsonr(x, y).statistic, abs=1e-9)
     assert spearman(x, y) == pytest.approx(scipy.stats.spearmanr(x, y).statistic, abs=1e-9)
 
 
-def test_interval_by_hand_and_over_groups():
+def test_interval_by_hand_and_over_prompts():
     """Mean 2, s = 1, n = 3: 2 ± 4.302653 / sqrt 3."""
-    expected = (2.0, 2 - 2.4841377, 2 + 2.4841377)
-    alone = interval([1, 2, 3], "abc")
-    assert (alone.mean, alone.low, alone.high) == pytest.approx(expected) and alone.n == 3
-    grouped = interval([0, 2, None, 2, 3, 3, 3], "aaabccc")  # the means of the groups are 1, 2, 3
-    assert (grouped.mean, grouped.low, grouped.high) == pytest.approx(expected) and grouped.n == 3
-    assert interval([1.0, None], "ab") is None and interval([1.0, 2.0], "aa") is None
-    assert interval([1, 2, 3], "abc", level=0.9).high == pytest.approx(2 + 2.9199856 / math.sqrt(3))
-    assert difference([1.0, None, 3.0], [0.5, 1.0, None]) == [0.5, None, None]
+    for estimate in (
+        interval(pd.Series([1, 2, 3], list("abc"))),
+        interval(pd.Series([0, 2, NAN, 2, 3, 3, 3], list("aaabccc"))),  # the means of the prompts are 1, 2, 3
+    ):
+        assert (estimate.mean, estimate.low, estimate.high) == pytest.approx((2.0, 2 - 2.4841377, 2 + 2.4841377))
+        assert estimate.n == 3
+    assert interval(pd.Series([1.0, NAN], list("ab"))) is None and interval(pd.Series([1.0, 2.0], list("aa"))) is None
+    assert interval(pd.Series([1, 2, 3], list("abc")), level=0.9).high == pytest.approx(2 + 2.9199856 / math.sqrt(3))
+    even = np.linspace(0, 1, 50)
+    assert needed(interval(pd.Series(even)), 0.05) == math.ceil((1.96 * even.std(ddof=1) / 0.05) ** 2)
 
 
-def test_how_many_are_needed():
-    estimate = interval(list(np.linspace(0, 1, 50)), range(50))
-    assert needed(estimate, 0.05) == math.ceil((1.96 * np.linspace(0, 1, 50).std(ddof=1) / 0.05) ** 2)
+def test_differences_are_paired():
+    tables = {
+        "a": pd.DataFrame({"s": [1.0, NAN, 3.0, 5.0]}, list("pqrr")),
+        "b": pd.DataFrame({"s": [0.5, 1, 1, 3]}, list("pqrr")),
+    }
+    estimate = gain(tables, "a", "b", ["s"])["s"]
+    assert (estimate.mean, estimate.n) == ((0.5 + 2) / 2, 2)
 
 
 def record(number, effect, credit, heads=None):
@@ -67,11 +88,10 @@ def record(number, effect, credit, heads=None):
     effect, tokens = np.asarray(effect, dtype=float), len(effect)
     credit = {name: torch.as_tensor(values, dtype=torch.float64) for name, values in credit.items()}
     credit[RECENCY], credit[LEAVE_ONE_OUT] = recency_credit(tokens, 1.0), torch.as_tensor(effect)
-    # Ids are places, so that the score is a function of what is left.
+    # Ids are positions, so that the score is a function of what is left.
     model = SimpleNamespace(scores=lambda many: [1.0 + sum(effect[i] for i in ids if i >= 0) for ids in many])
     completion = SimpleNamespace(prompt_ids=[-1], ids=list(range(tokens)), row=number)
-    heads = [[0.0, 0.0]] if heads is None else heads
-    lies = {name: [[1.0] * (1 + len(heads))] for name in PLACES}
+    heads = [0.0] if heads is None else list(heads)
     return {
         "row": number,
         "prompt": f"prompt {number}",
@@ -84,10 +104,10 @@ def record(number, effect, credit, heads=None):
         "gradient": None,
         "credit": {name: values.tolist() for name, values in credit.items()},
         "curves": curves(model, completion, credit, 1.0 + float(effect.sum()), 1.0),
-        "layers": [[float(np.mean([head[0] for head in layer])), 0.0] for layer in [heads]],
-        "heads": [[[float(head[0]), 0.0] for head in heads]],
-        "attention": lies,
-        "configured": [float(heads[-1][0]), 0.0],
+        "layers": [[float(np.mean(heads)), 0.0]],
+        "heads": [[[float(head), 0.0] for head in heads]],
+        "attention": {name: [[1.0] * (1 + len(heads))] for name in CONCENTRATION},
+        "configured": [float(heads[-1]), 0.0],
         "configured_heads": [np.ones(tokens).tolist() for _ in heads],
         "on_prompt": 0.5,
         "on_first": 0.1,
@@ -102,205 +122,173 @@ def noise(rng, count=16, tokens=12):
     ]
 
 
+def advice(records, read=None):
+    tables = tabulate(records)
+    return advise(summarise(tables), tables, map_heads(records, [7], 0, read))
+
+
 def test_shares_entropy_and_areas_by_hand():
     credit = [3.0, -1.0, 0.0, 0.0]
     one = record(1, [1.0, 2.0, 0.0, 0.0], {"abc": credit})
     expected = {"first": 0.75, "last": 0.0, "punctuation": 0.75, "special": 0.0}
     expected["entropy"] = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(4)
-    for name, value in expected.items():
-        assert STATISTICS[name][1](one, "abc") == pytest.approx(value), name
+    assert {name: statistics(one, "abc")[name] for name in expected} == pytest.approx(expected)
     # removed after each tenth of 4 tokens: 0 0 1 1 2 2 2 3 3 4 4; leave-one-out removes 2, then 1
     highest = [4, 4, 2, 2, 1, 1, 1, 1, 1, 1, 1]
     lowest = [4, 4, 4, 4, 4, 4, 4, 3, 3, 1, 1]
     assert one["curves"][LEAVE_ONE_OUT] == {"highest": highest, "lowest": lowest}
-    assert STATISTICS["deletion"][1](one, LEAVE_ONE_OUT) == pytest.approx((sum(highest) - 2.5) / 10)
-    assert STATISTICS["insertion"][1](one, LEAVE_ONE_OUT) == pytest.approx((sum(lowest) - 2.5) / 10)
+    areas = statistics(one, LEAVE_ONE_OUT)
+    assert areas["deletion"] == pytest.approx((sum(highest) - 2.5) / 10)
+    assert areas["insertion"] == pytest.approx((sum(lowest) - 2.5) / 10)
+    assert areas["separation"] == pytest.approx((sum(lowest) - sum(highest)) / 10)
+
+
+def test_concentration_of_rows_by_hand():
+    """Two rows of three tokens at once; attention that is zero on the whole completion lies nowhere."""
+    marks = {"punctuation": [False, True, True], "special": [False] * 3}
+    expected = {
+        "entropy": 1.5 * math.log(2) / math.log(3),
+        "first": 0.25,
+        "last": 0.5,
+        "punctuation": 0.75,
+        "special": 0,
+    }
+    for name, values in concentration(shares(np.array([[1.0, 1.0, 2.0], [0.0, 0.0, 0.0]])), marks).items():
+        assert values[0] == pytest.approx(expected[name]) and np.isnan(values[1]), name
+    one = {"punctuation": [False], "special": [False]}
+    assert np.isnan(concentration(shares(np.array([2.0])), one)["entropy"])
+
+
+def test_concentration_is_a_mean_over_prompts():
+    """A prompt of three completions counts as one; what is not defined is left out."""
+    records = [record(i, [1.0, 2.0, 0.0], {"abc": [1, 2, 3]}) for i in (0, 0, 0, 1)]
+    for one, value in zip(records, (0.1, 0.2, None, 0.8), strict=True):
+        one["attention"] = {name: [[0.9, value]] for name in CONCENTRATION}
+    head_map = map_heads(records, [7], 0)
+    for name in CONCENTRATION:
+        assert head_map.shares_LH[name] == pytest.approx((0.15 + 0.8) / 2)
+        assert head_map.shares_L[name] == pytest.approx(0.9)
 
 
 def test_noise_is_seldom_called_better():
     """Both intervals lie above 0 in at most 2.5 % of audits: at most 2 of these 80 expected."""
     rng = np.random.default_rng(0)
-    said = [verdict(summarise(noise(rng))["abc"]) for _ in range(80)]
-    assert said.count("better") <= 5 and said.count("worse") <= 5
-    assert said.count("no better") >= 60
+    verdicts = [verdict(summarise(tabulate(noise(rng)))["abc"]) for _ in range(80)]
+    assert verdicts.count("better") <= 5 and verdicts.count("worse") <= 5
+    assert verdicts.count("no better") >= 60
 
 
-def test_the_words_follow_the_verdict():
-    up, down, none = Interval(0.5, 0.4, 0.6, 20), Interval(-0.5, -0.6, -0.4, 20), Interval(0.0, -0.1, 0.1, 20)
-    assert verdict({"spearman": up, "separation": up}) == "better"
-    assert verdict({"spearman": down, "separation": down}) == "worse"
-    assert verdict({"spearman": none, "separation": none}) == "no better"
-    assert verdict({"spearman": up, "separation": none}) == "open"
-    assert verdict({"spearman": none, "separation": down}) == "no better"
-    assert verdict({"spearman": up, "separation": down}) == verdict({"spearman": down, "separation": up}) == "open"
-    assert verdict({"spearman": None, "separation": none}) == "no better"
-    records = noise(np.random.default_rng(3))
-    [first, *_] = advise(summarise(records), records, map_heads(records, [0], 0))
-    assert first.startswith("ABC credit of this model is no better than uniform: ")
+UP, DOWN, NONE = Interval(0.5, 0.4, 0.6, 20), Interval(-0.5, -0.6, -0.4, 20), Interval(0.0, -0.1, 0.1, 20)
 
 
-def follows(rng, effects, gain, ends):
-    """Credit like ``effects``, with the largest and the smallest swapped where ``ends``: curves suffer most."""
-    credit = [gain * effect + rng.normal(scale=0.3, size=len(effect)) for effect in effects]
+@pytest.mark.parametrize(
+    ("spearman", "separation", "expected"),
+    [
+        (UP, UP, "better"),
+        (DOWN, DOWN, "worse"),
+        (NONE, NONE, "no better"),
+        (UP, NONE, "open"),
+        (NONE, DOWN, "no better"),
+        (UP, DOWN, "open"),
+        (DOWN, UP, "open"),
+        (None, NONE, "no better"),
+    ],
+)
+def test_the_verdict_follows_the_intervals(spearman, separation, expected):
+    assert verdict({"spearman": spearman, "separation": separation}) == expected
+
+
+def follows(rng, effects, swapped=False):
+    """Credit like ``effects``, with the largest and the smallest swapped: curves suffer most."""
+    credit = np.array(effects) + rng.normal(scale=0.3, size=np.shape(effects))
     for effect, own in zip(effects, credit, strict=True):
-        own[[effect.argmax(), effect.argmin()]] += np.array([-80.0, 80.0]) * ends
+        own[[effect.argmax(), effect.argmin()]] += np.array([-80.0, 80.0]) * swapped
     return credit
 
 
-def advice_on(effects, heads=None, read=None, **credit):
-    records = [
-        record(i, effect, {name: credit[name][i] for name in credit}, None if heads is None else heads[i])
-        for i, effect in enumerate(effects)
-    ]
-    return advise(summarise(records), records, map_heads(records, [7], 0, read))
-
-
-def test_two_measures_that_contradict_each_other_are_said_so():
-    """Effects of like size but for two large ones: credit has those two wrong and all others right, or none of it."""
-    rng = np.random.default_rng(8)
-    effects = [rng.permutation(np.r_[np.linspace(-1, 1, 18), 40.0, -40.0]) for _ in range(24)]
-    chance = {RANDOM: rng.random((24, 20))}
-    torn = follows(rng, effects, 1.0, True)
-    sentences = advice_on(effects, abc=torn, **chance)
-    assert sentences[0].startswith("Whether ABC credit of this model is better than uniform is open: ")
-    assert "one of two measures says so, the other says the opposite (" in sentences[0]
-    assert any(line.startswith("Against random credit it is better in rank correlation and worse in the cu")
-               for line in sentences)  # fmt: skip
-    sentences = advice_on(effects, abc=rng.random((24, 20)), prefix=torn, **chance)
-    assert any(line.startswith("Better in rank correlation and worse in the curves is --reward_shaping prefix: by ")
-               for line in sentences)  # fmt: skip
-    assert not any(line.startswith("No other method") for line in sentences)
-    sentences = advice_on(effects, abc=follows(rng, effects, 1.0, False), prefix=torn, **chance)
-    assert "No other method audited (prefix) is clearly better in either measure." in sentences
-
-
-def test_the_advice_names_no_difference_that_is_not_defined():
-    """Constant credit has curves, by random order, but no rank correlation: only the curves are compared."""
-    rng, even = np.random.default_rng(9), np.ones((24, 12))
-    effects = list(rng.normal(size=(24, 12)))
-    chance, close = {RANDOM: rng.random((24, 12))}, follows(rng, effects, 1.0, False)
-    for credit in (
-        {"abc": even, "prefix": close},
-        {"abc": close, "prefix": even},
-        {"abc": even, "prefix": even},
-        {"abc": close, "prefix": even, RANDOM: even},
-    ):
-        half = [[[NAN]] if i % 2 else [[0.1]] for i in range(24)]  # defined where the layer is chosen, not on the rest
-        for heads in (None, [[[NAN]]] * 24, half, [[[0.1], [NAN]]] * 24):
-            text = " ".join(advice_on(effects, heads, **(chance | credit)))
-            assert "None" not in text, text
-    [said] = [line for line in advice_on(effects, abc=even, prefix=close, **chance) if "prefix" in line]
-    assert said.startswith("Better in the curves alone is --reward_shaping prefix: by ") and "rank" not in said
-
-
-def test_what_is_read_now_is_what_was_audited():
-    """Two heads, the first good: with all heads read it is better than their mean; read alone, it is the choice."""
-    rng = np.random.default_rng(10)
-    effects = list(rng.normal(size=(24, 6)))
-    heads = [[[0.5 + rng.normal(scale=0.05)], [-0.5 + rng.normal(scale=0.05)]] for _ in effects]
-    credit = {"abc": rng.random((24, 6)), RANDOM: rng.random((24, 6))}
-    every = advice_on(effects, heads, None, **credit)
-    assert any(line.startswith("Layer 7, read now, is also what half of the prompts") for line in every)
-    assert "Of 2 heads 1 (layer 7 head 0) follow the removals and 1 (layer 7 head 1) run against them" in every[-3]
-    assert every[-2] == "To drop head 1 of the layer read now, use --shaping.heads 0."
-    one = advice_on(effects, heads, [0], **credit)
-    assert any(line.startswith("Layer 7 head 0, read now, is also what half of the prompts") for line in one)
-    assert any(line.startswith("Layer 7, all heads, chosen on half of the prompts, has ") for line in one)
-    assert not any("To drop" in line for line in one)
-    wrong = advice_on(effects, heads, [1], **credit)
-    assert "All heads read now run against them: read another layer, or use another method." in wrong
-
-
-def test_many_heads_are_counted_and_the_first_named():
-    rng = np.random.default_rng(11)
-    effects = list(rng.normal(size=(24, 6)))
-    heads = [0.5 + rng.normal(scale=0.05, size=(6, 1)) for _ in effects]
-    sentences = advice_on(effects, heads, abc=rng.random((24, 6)), **{RANDOM: rng.random((24, 6))})
-    named = ", ".join(f"layer 7 head {head}" for head in range(4))
-    assert any(f"Of 6 heads 6 ({named}, 2 more) follow the removals and none run" in line for line in sentences)
-
-
-def test_places_of_rows_by_hand():
-    """Two rows of three tokens at once; attention that is zero on the whole completion lies nowhere."""
-    marks = {"punctuation": [False, True, True], "special": [False] * 3}
-    share = shares(np.array([[1.0, 1.0, 2.0], [0.0, 0.0, 0.0]]))
-    expected = {"entropy": 1.5 * math.log(2) / math.log(3), "first": 0.25, "last": 0.5, "punctuation": 0.75}
-    for name, (_, place) in PLACES.items():
-        values = place(share, marks)
-        assert values[0] == pytest.approx(expected.get(name, 0.0)) and np.isnan(values[1]), name
-    assert np.isnan(PLACES["entropy"][1](shares(np.array([2.0])), marks))
-
-
-def test_places_are_means_over_prompts():
-    """A prompt of three completions counts as one; what is not defined is left out."""
-    records = [record(i, [1.0, 2.0, 0.0], {"abc": [1, 2, 3]}) for i in (0, 0, 0, 1)]
-    for one, value in zip(records, (0.1, 0.2, 0.3, 0.8), strict=True):
-        one["attention"] = {name: [[0.9, None if value == 0.3 else value]] for name in PLACES}
-    found = map_heads(records, [7], 0)
-    for name in PLACES:
-        assert found.shares_LH[name] == pytest.approx((0.15 + 0.8) / 2)
-        assert found.shares_L[name] == pytest.approx(0.9)
-
-
-def test_another_method_that_is_better_is_recommended():
-    rng, records = np.random.default_rng(1), []
-    for i in range(24):
-        effect = rng.normal(size=12)
-        credit = {"abc": rng.exponential(size=12), "prefix": effect + rng.normal(size=12), RANDOM: rng.random(12)}
-        records.append(record(i, effect, credit))
-    sentences = advise(summarise(records), records, map_heads(records, [0], 0))
-    assert any(sentence.startswith("Better in both measures is --reward_shaping prefix: by") for sentence in sentences)
-
-
-def test_credit_that_knows_only_the_end_is_called_recency():
-    """Late tokens matter more; abc follows nothing else, and then the effects themselves."""
-    rng, place, records = np.random.default_rng(6), np.arange(1, 13), []
-    assert recency_credit(4, 2.0).tolist() == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    effects = [place * rng.uniform(0, 2, size=12) for _ in range(24)]
-    recency = "Against recency, credit that knows only how late a token comes, it is"
-    for noise_of, said in ((0.5, f"{recency} not clearly better or worse: by"), (0.0, f"{recency} better in both")):
-        records = [
-            record(i, effect, {"abc": (place if noise_of else effect) + noise_of * rng.normal(size=12), RANDOM: place})
-            for i, effect in enumerate(effects)
-        ]
-        sentences = advise(summarise(records), records, map_heads(records, [0], 0))
-        assert any(sentence.startswith(said) for sentence in sentences), said
+def test_the_advice():
+    """Each verdict, sizes, recency, other methods, mixed and undefined measures, heads: see the snapshot."""
+    rng, count, tokens = np.random.default_rng(8), 24, 20
+    chance, even = rng.random((count, tokens)), np.ones((count, tokens))
+    effects = rng.normal(size=(count, tokens))
+    # Of like size but for two large ones: ``torn`` has those two wrong and all others right.
+    extreme = [rng.permutation(np.r_[np.linspace(-1, 1, 18), 40.0, -40.0]) for _ in range(count)]
+    close, torn = follows(rng, effects), follows(rng, extreme, swapped=True)
+    late = np.arange(1, tokens + 1) * rng.uniform(0, 2, size=(count, tokens))
+    other = rng.random((count, tokens))
+    about_credit = {
+        "abc follows the effects": (effects, {"abc": close}),
+        "abc runs against them": (effects, {"abc": -close}),
+        "abc knows nothing, prefix does": (effects, {"abc": other, "prefix": close}),
+        "abc finds sizes only": (effects, {"abc": np.abs(effects)}),
+        "the measures of abc contradict each other": (extreme, {"abc": torn}),
+        "those of prefix do, abc knows nothing": (extreme, {"abc": other, "prefix": torn}),
+        "those of prefix do, abc is right": (extreme, {"abc": follows(rng, extreme), "prefix": torn}),
+        "abc knows only how late a token comes": (late, {"abc": np.arange(20) + rng.normal(size=(count, 20))}),
+        "late tokens matter and abc follows them": (late, {"abc": late}),
+        "abc orders no tokens": (effects, {"abc": even, "prefix": close}),
+        "prefix orders no tokens, nor does random": (effects, {"abc": close, "prefix": even, RANDOM: even}),
+        "without abc": (effects, {"prefix": close, "uniform": even}),
+    }
+    two = rng.normal([0.5, -0.5], 0.05, size=(count, 2))
+    halved = [[NAN] if i % 2 else [0.1] for i in range(count)]  # defined where a head is chosen, not on the rest
+    about_heads = {
+        "one head of two is good, both are read": (two, None),
+        "the good one is read": (two, [0]),
+        "the bad one is read": (two, [1]),
+        "many heads follow": (rng.normal(0.5, 0.05, size=(count, 6)), None),
+        "undefined": ([[NAN]] * count, None),
+        "undefined where they are reported": (halved, None),
+        "one of two is undefined": ([[0.1, NAN]] * count, None),
+    }
+    text = ""
+    for name, (sizes, credit) in about_credit.items():
+        credit = {**credit, RANDOM: credit.get(RANDOM, chance)}
+        records = [record(i, sizes[i], {key: values[i] for key, values in credit.items()}) for i in range(count)]
+        text += "\n".join(
+            [f"# {name}", *(line for line in advice(records) if not line.startswith(("Layer", "Of"))), "", ""]
+        )
+    for name, (heads, read) in about_heads.items():
+        records = [record(i, effects[i], {"abc": close[i], RANDOM: chance[i]}, heads[i]) for i in range(count)]
+        lines = [line for line in advice(records, read) if line.startswith(("Layer", "Of", "To", "All"))]
+        text += "\n".join([f"# heads: {name}", *lines, "", ""])
+    assert "None" not in text and "nan" not in text
+    assert_snapshot(text, "audit_advice.txt")
 
 
 def test_halves_are_of_prompts():
-    records = [{"prompt": prompt} for prompt in "aabbcda"]
-    assert halves(records) == ([0, 1, 4, 6], [2, 3, 5])
+    assert halves(pd.Index(list("aabbcda"))).nonzero()[0].tolist() == [0, 1, 4, 6]
 
 
 def test_what_was_chosen_by_luck_is_not_reported_as_luck():
     """Head 0 follows the removals only on the half it is chosen on, head 1 a little on both."""
     rng, records = np.random.default_rng(2), []
     for i in range(40):
-        lucky = 0.9 if i % 2 == 0 else 0.0
-        heads = [[lucky + rng.normal(scale=0.05)], [0.3 + rng.normal(scale=0.05)], [rng.normal(scale=0.05)]]
+        heads = rng.normal([0.0 if i % 2 else 0.9, 0.3, 0.0], 0.05)
         records.append(record(i, rng.normal(size=6), {"abc": rng.random(6), RANDOM: rng.random(6)}, heads))
-    found = map_heads(records, [7], 0)
-    assert found.head.layer == 7 and found.head.heads == [0]
-    assert found.head.chosen == pytest.approx(0.9, abs=0.05)
-    assert abs(found.head.reported.mean) < 0.05 and found.head.over_configured.sign == 0
-    assert found.carrying == [(7, 0), (7, 1)] and found.against == []
+    head_map = map_heads(records, [7], 0)
+    assert head_map.head.layer == 7 and head_map.head.heads == [0]
+    assert head_map.head.chosen == pytest.approx(0.9, abs=0.05)
+    assert abs(head_map.head.reported.mean) < 0.05 and head_map.head.over_configured.sign == 0
+    assert head_map.carrying == [(7, 0), (7, 1)] and head_map.against == []
 
 
 def test_many_heads_of_noise_carry_nothing():
     """200 heads: without widening, ten would seem to."""
     rng = np.random.default_rng(4)
     effects = rng.normal(size=(30, 6))
-    records = [record(i, effect, {"abc": effect}, rng.normal(size=(200, 1))) for i, effect in enumerate(effects)]
-    found = map_heads(records, [0], 0)
-    assert len(found.carrying) + len(found.against) <= 1
+    records = [record(i, effect, {"abc": effect}, rng.normal(size=200)) for i, effect in enumerate(effects)]
+    head_map = map_heads(records, [0], 0)
+    assert len(head_map.carrying) + len(head_map.against) <= 1
 
 
 def test_the_page_escapes_what_came_from_data():
     records = noise(np.random.default_rng(5), count=10)
     for one in records:
         one |= {"prompt": "<script>alert(1)</script>", "tokens": ["<em>"] + one["tokens"][1:]}
-    pictures = dict.fromkeys(("agreement", "curves", "heads", "shares"), b"png")
-    page = render(records, summarise(records), background(records), ["<i>"], {"model": "<u>"}, pictures, "<a>")
+    pngs = dict.fromkeys(("agreement", "curves", "heads", "shares"), b"png")
+    summary = summarise(tabulate(records))
+    page = render(records, summary, background(records), ["<i>"], {"model": "<u>"}, pngs, "<a>")
     for tag in ("<script>", "<em>", "<i>", "<u>", "<a>"):
         assert tag not in page
     assert "&lt;script&gt;" in page

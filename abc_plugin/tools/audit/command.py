@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import shlex
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,15 @@ try:
     from tqdm import tqdm
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-    from abc_plugin.tools.audit import plots
+    from abc_plugin.tools.audit import pictures
     from abc_plugin.tools.audit.advice import advise
+    from abc_plugin.tools.audit.audit_page import render
     from abc_plugin.tools.audit.completions import ADVISED, Completion, Reading, read
-    from abc_plugin.tools.audit.heads import map_heads
+    from abc_plugin.tools.audit.head_map import map_heads
     from abc_plugin.tools.audit.measure import EVIDENCE, POINTS, measure
-    from abc_plugin.tools.audit.page import render
     from abc_plugin.tools.audit.results import Results
     from abc_plugin.tools.audit.reward_model import FLAG, RewardModel
-    from abc_plugin.tools.audit.stats import Interval
-    from abc_plugin.tools.audit.summary import STATISTICS, background, summarise
+    from abc_plugin.tools.audit.summary import STATISTICS, Summary, background, summarise, tabulate
 except ModuleNotFoundError as error:
     raise UserError(f"abc-rlhf audit needs {error.name}; pip install 'abc-plugin[audit]'") from None
 
@@ -93,14 +91,12 @@ def run(args: argparse.Namespace) -> int:
         "dtype": args.dtype,
         "points": POINTS,
     }
-    with closing(model), closing(Results(args.out, configuration)) as results:
-        done = len(results.records)
-        left = tqdm(completions[done:], desc="audit", unit="completion", initial=done, total=len(completions))
-        for completion in left:
-            results.append(measure(model, completion, methods, shaping))
-        records = results.records
-    about = {"reward model": path, "data": f"{len(records)} completions of {args.data}", **configuration}
-    _report(Path(args.out), records, model, about, _command_line(options))
+    results = Results(args.out, configuration)
+    done = len(results.records)
+    for completion in tqdm(completions[done:], "audit", len(completions), initial=done, unit="completion"):
+        results.append(measure(model, completion, methods, shaping))
+    audited = {"reward model": path, "data": f"{len(completions)} completions of {args.data}", **configuration}
+    _report(Path(args.out), results.records, model, audited, _command_line(options))
     return 0
 
 
@@ -142,24 +138,25 @@ def _command_line(options: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
-def _report(out: Path, records: list[dict[str, Any]], model: RewardModel, about: dict[str, Any], command: str) -> None:
+def _report(
+    out: Path, records: list[dict[str, Any]], model: RewardModel, audited: dict[str, Any], command: str
+) -> None:
     """Write audit.json, audit.html and the pictures; print the table and the advice."""
-    summary, scene = summarise(records), background(records)
-    found = map_heads(records, model.layers, model.configured, model.heads)
-    sentences = advise(summary, records, found)
-    pictures = {
-        "agreement": plots.agreement(summary),
-        "curves": plots.curves(records),
-        "heads": plots.heads(found),
-        "shares": plots.shares(found, scene),
+    tables, scene = tabulate(records), background(records)
+    summary, head_map = summarise(tables), map_heads(records, model.layers, model.configured, model.heads)
+    sentences = advise(summary, tables, head_map)
+    pngs = {
+        "agreement": pictures.agreement(summary),
+        "curves": pictures.curves(records),
+        "heads": pictures.heads(head_map),
+        "shares": pictures.shares(head_map, scene),
     }
-    text = {"advice": sentences, "about": about, "statistics": {name: says for name, (says, _) in STATISTICS.items()}}
-    numbers = {"methods": summary, "background": scene, "heads": found}
+    text = {"advice": sentences, "about": audited, "statistics": STATISTICS}
+    numbers = {"methods": summary, "background": scene, "heads": head_map}
     (out / "audit.json").write_text(json.dumps(text | numbers, indent=1, default=_jsonable) + "\n", encoding="utf-8")
-    (out / "audit.html").write_text(
-        render(records, summary, scene, sentences, about, pictures, command), encoding="utf-8"
-    )
-    for name, png in pictures.items():
+    page = render(records, summary, scene, sentences, audited, pngs, command)
+    (out / "audit.html").write_text(page, encoding="utf-8")
+    for name, png in pngs.items():
         (out / f"{name}.png").write_bytes(png)
     console = Console(highlight=False, markup=False)
     console.print(_table(summary))
@@ -167,7 +164,7 @@ def _report(out: Path, records: list[dict[str, Any]], model: RewardModel, about:
         console.print(sentence)
     if len(records) < ADVISED:
         console.print(f"Only {len(records)} completions: take {ADVISED} or more for a verdict to rely on.")
-    files = ", ".join(["audit.json", *(f"{name}.png" for name in pictures)])
+    files = ", ".join(["audit.json", *(f"{name}.png" for name in pngs)])
     console.print(f"the report is {out / 'audit.html'}; beside it {files}", soft_wrap=True)
 
 
@@ -178,17 +175,13 @@ def _jsonable(value: Any) -> Any:
     return np.where(np.isnan(value), None, value).tolist()
 
 
-def _table(summary: dict[str, dict[str, Interval | None]]) -> Table:
+def _table(summary: Summary) -> Table:
     table = Table(title="Credit against what removing each token does to the score", box=None, padding=(0, 2, 0, 0))
     columns = {"rank correlation": "spearman", "of sizes only": "size", "curves apart": "separation"}
     table.add_column("method", no_wrap=True)
     for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     for method, estimates in summary.items():
-        cells = [estimates[name] for name in columns.values()]
-        table.add_row(plots.label(method), *("–" if cell is None else _short(cell) for cell in cells))
+        cells = (f"{estimates[name]:.2f}" if estimates[name] else "–" for name in columns.values())
+        table.add_row(pictures.label(method), *cells)
     return table
-
-
-def _short(estimate: Interval) -> str:
-    return f"{estimate.mean:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"

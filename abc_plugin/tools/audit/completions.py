@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from abc_plugin.errors import UserError
+from abc_plugin.report.jsonl import read_jsonl
 from abc_plugin.text.spans import token_texts
 
 MINIMUM = 10  # completions of different prompts: five to choose a layer on, five to report it on
@@ -56,10 +55,12 @@ def read(
     Raises UserError, naming the line, on what is no such object, on an empty prompt or completion, on one that does
     not fit into ``window`` tokens; and where fewer than MINIMUM prompts differ.
     """
-    lines = list(_objects(path))
+    lines = read_jsonl(path, "give --data a file with one JSON object a line")
+    if not lines:
+        raise UserError(f"--data {path} is empty; give at least {MINIMUM} completions, one JSON object a line")
     count = min(len(lines), reading.samples)
     chosen = [lines[i * len(lines) // count] for i in range(count)]
-    completions = [_completion(record, row, f"{path}:{row}", tokenizer, reading) for row, record in chosen]
+    completions = [_completion(record, where, tokenizer, reading) for where, record in chosen]
     for completion in completions:
         length = len(completion.prompt_ids) + len(completion.ids)
         if window is not None and length > window:
@@ -76,30 +77,8 @@ def read(
     return completions
 
 
-def _objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of each line that is not blank."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(f"cannot read --data {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--data {path} is not UTF-8 text; give JSON lines") from None
-    if not any(line.strip() for line in lines):
-        raise UserError(f"--data {path} is empty; give at least {MINIMUM} completions, one JSON object a line")
-    for row, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{row}: not JSON ({error.msg}); give one JSON object a line") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{row}: no JSON object but {type(record).__name__}; give one object a line")
-        yield row, record
-
-
 def _completion(
-    record: dict[str, Any], row: int, where: str, tokenizer: PreTrainedTokenizerBase, reading: Reading
+    record: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, reading: Reading
 ) -> Completion:
     ids = _encode(tokenizer, _completion_text(record, where, reading))
     if reading.split is not None:
@@ -117,7 +96,7 @@ def _completion(
     tokens = token_texts(tokenizer, ids)
     special = [token in tokenizer.all_special_ids for token in ids]
     punctuation = [is_punctuation(text) and not other for text, other in zip(tokens, special, strict=True)]
-    return Completion(row, prompt, prompt_ids, ids, tokens, punctuation, special)
+    return Completion(int(where.rpartition(":")[2]), prompt, prompt_ids, ids, tokens, punctuation, special)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,12 +17,11 @@ from abc_plugin.credit.methods import PREFIX, Evidence, Method
 from abc_plugin.credit.shaping import dropped, shape
 from abc_plugin.errors import UserError
 from abc_plugin.tools.audit.completions import Completion
+from abc_plugin.tools.audit.estimates import concentration, shares, spearman
 from abc_plugin.tools.audit.reward_model import FLAG, Look, RewardModel
-from abc_plugin.tools.audit.shares import PLACES, shares
-from abc_plugin.tools.audit.stats import spearman
+from abc_plugin.tools.audit.summary import LEAVE_ONE_OUT, RANDOM, RECENCY
 
 POINTS = 10  # a curve's steps: tokens are removed by tenths of the completion
-RANDOM, RECENCY, LEAVE_ONE_OUT = "random", "recency", "leave_one_out"
 EVIDENCE = ("attention", "prefix", "gradient")  # what a reward model alone can give
 
 
@@ -40,7 +38,7 @@ def measure(
     """
     prompt, ids = completion.prompt_ids, completion.ids
     left = [prompt + ids, prompt, *(prompt + ids[:t] + ids[t + 1 :] for t in range(len(ids)))]
-    [_, empty, *without] = _finite(model, left, f"row {completion.row}")
+    [_, empty, *without] = _finite(model, left, completion)
     look = model.look(prompt + ids)
     effect_T = torch.tensor([look.score - score for score in without], dtype=torch.float64)
     credit = {name: credit_of(method, completion, look, empty, shaping) for name, method in methods.items()}
@@ -48,12 +46,14 @@ def measure(
     credit[RECENCY] = recency_credit(len(ids), look.score)
     credit[LEAVE_ONE_OUT] = effect_T
     rows_LHT = look.rows_LHS[:, :, len(prompt) :]
+    attention_S = look.evidence["attention"]
+    share_LXT = shares(torch.cat([rows_LHT.mean(1, keepdim=True), rows_LHT], 1).double().numpy())
+    marks = {"punctuation": completion.punctuation, "special": completion.special}
     return {
         "row": completion.row,
         "prompt": completion.prompt,
         "tokens": completion.tokens,
-        "punctuation": completion.punctuation,
-        "special": completion.special,
+        **marks,
         "reward": look.score,
         "empty": empty,
         "effect": _plain(effect_T),
@@ -62,11 +62,11 @@ def measure(
         "curves": curves(model, completion, credit, look.score, empty),
         "layers": [_agreement(row_T, effect_T, look.score) for row_T in rows_LHT.mean(1)],
         "heads": [[_agreement(row_T, effect_T, look.score) for row_T in rows_HT] for rows_HT in rows_LHT],
-        "attention": _places(rows_LHT, completion),
-        "configured": _agreement(look.evidence["attention"][len(prompt) :], effect_T, look.score),
-        "configured_heads": [_plain(row_S[len(prompt) :]) for row_S in look.layer_HS],
-        "on_prompt": _round(float(look.evidence["attention"][: len(prompt)].sum())),
-        "on_first": _round(float(look.evidence["attention"][0])),
+        "attention": {name: _plain(value_LX) for name, value_LX in concentration(share_LXT, marks).items()},
+        "configured": _agreement(attention_S[len(prompt) :], effect_T, look.score),
+        "configured_heads": _plain(rows_LHT[model.configured]),
+        "on_prompt": _plain(attention_S[: len(prompt)].sum()),
+        "on_first": _plain(attention_S[0]),
     }
 
 
@@ -78,14 +78,14 @@ def credit_of(method: Method, completion: Completion, look: Look, empty: float, 
     """
     first, ids = len(completion.prompt_ids), torch.tensor([completion.prompt_ids + completion.ids])
     action_mask_BA = torch.arange(1, ids.shape[1])[None] >= first
-    given = {f"{name}_BA": look.evidence[name][None, 1:] for name in method.needs}
+    evidence = {f"{name}_BA": look.evidence[name][None, 1:] for name in method.needs}
     start = empty if method.credit is PREFIX.credit else 0.0
     if start:
-        given["prefix_BA"] = given["prefix_BA"] - start
+        evidence["prefix_BA"] = evidence["prefix_BA"] - start
     special_BA = torch.tensor([[False] * (first - 1) + completion.special])
     shaped = shape(
         method,
-        [Evidence(ids, action_mask_BA, **given)],
+        [Evidence(ids, action_mask_BA, **evidence)],
         torch.tensor([look.score - start]),
         beta=1.0,
         dropped_BA=dropped(shaping.dropped, action_mask_BA, special_BA),
@@ -106,8 +106,8 @@ def recency_credit(tokens: int, reward: float) -> Tensor:
 
     Late tokens move the score of many reward models more, and their attention favours late tokens.
     """
-    place_T = torch.arange(1, tokens + 1, dtype=torch.float64)
-    return reward * place_T / place_T.sum()
+    number_T = torch.arange(1, tokens + 1, dtype=torch.float64)
+    return reward * number_T / number_T.sum()
 
 
 def removal_order(credit_T: Tensor, seed: int) -> list[int]:
@@ -123,7 +123,7 @@ def curves(
 
     "highest": the tokens of highest credit go first; the faithful curve falls early.  "lowest": those of lowest credit
     (most negative) go first; the faithful one rises, or stays up.  Read backwards, "lowest" is insertion: the score
-    when the tokens of highest credit are put into an empty completion first, each at its place.
+    when the tokens of highest credit are put into an empty completion first, each at its position.
     """
     prompt, ids = completion.prompt_ids, completion.ids
     counts = [round(k * len(ids) / POINTS) for k in range(POINTS + 1)]
@@ -134,42 +134,32 @@ def curves(
         left[name, "lowest"] = [tuple(sorted(order[: len(ids) - count])) for count in counts]
     known = {tuple(range(len(ids))): whole, (): empty}
     wanted = sorted({kept for curve in left.values() for kept in curve} - set(known))
-    scores = _finite(model, [prompt + [ids[t] for t in kept] for kept in wanted], f"row {completion.row}")
+    scores = _finite(model, [prompt + [ids[t] for t in kept] for kept in wanted], completion)
     known |= dict(zip(wanted, scores, strict=True))
     return {
-        name: {way: [_round(known[kept]) for kept in left[name, way]] for way in ("highest", "lowest")}
+        name: {way: _plain([known[kept] for kept in left[name, way]]) for way in ("highest", "lowest")}
         for name in credit
-    }
-
-
-def _places(rows_LHT: Tensor, completion: Completion) -> dict[str, list[list[float | None]]]:
-    """PLACES of each layer's mean row and heads, renormalised over the completion, by name, L lists of 1 + H."""
-    marks = {"punctuation": completion.punctuation, "special": completion.special}
-    share_LXT = shares(torch.cat([rows_LHT.mean(1, keepdim=True), rows_LHT], 1).double().numpy())
-    values = {name: place(share_LXT, marks) for name, (_, place) in PLACES.items()}
-    return {
-        name: [[None if np.isnan(value) else _round(value) for value in row] for row in value_LX.tolist()]
-        for name, value_LX in values.items()
     }
 
 
 def _agreement(row_T: Tensor, effect_T: Tensor, reward: float) -> list[float | None]:
     """Rank correlation of reward · row with the effects, and of the row with the effects' sizes."""
-    pair = (spearman(reward * row_T.double(), effect_T), spearman(row_T.double(), effect_T.abs()))
-    return [None if value is None else _round(value) for value in pair]
+    return _plain([spearman(reward * row_T.double(), effect_T), spearman(row_T.double(), effect_T.abs())])
 
 
-def _finite(model: RewardModel, sequences: list[list[int]], where: str) -> list[float]:
+def _finite(model: RewardModel, sequences: list[list[int]], completion: Completion) -> list[float]:
     scores = model.scores(sequences)
     for score in scores:
         if not math.isfinite(score):
-            raise UserError(f"{FLAG}: the score of {where} is {score}; check the model's weights and --dtype")
+            row = completion.row
+            raise UserError(f"{FLAG}: the score of row {row} is {score}; check the model's weights and --dtype")
     return scores
 
 
-def _round(value: float) -> float:
-    return float(f"{value:.6g}")
-
-
-def _plain(values_T: Tensor) -> list[float]:
-    return [_round(value) for value in values_T.tolist()]
+def _plain(values: Any) -> Any:
+    """Numbers, nested as they were, to six digits; None for NaN."""
+    if hasattr(values, "tolist"):
+        return _plain(values.tolist())
+    if isinstance(values, list):
+        return [_plain(value) for value in values]
+    return None if math.isnan(values) else float(f"{values:.6g}")

@@ -24,53 +24,49 @@ class Results:
     def __init__(self, directory: str | Path, configuration: dict[str, Any]) -> None:
         self.path = Path(directory) / NAME
         self.records: list[dict[str, Any]] = []
+        header = {"format": FORMAT, "configuration": json.loads(json.dumps(configuration))}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
-                self._go_on(json.loads(json.dumps(configuration)))
+                self._go_on(header)
             elif foreign := [name for name in OUTPUTS if (self.path.parent / name).exists()]:
                 raise UserError(f"--out {directory} holds {foreign[0]} but no {NAME}; choose another directory")
-            self._file = self.path.open("a", encoding="utf-8")
-            if not self.path.stat().st_size:
-                self._write({"format": FORMAT, "configuration": configuration})
+            else:
+                self._write(header)
         except OSError as error:
             raise UserError(f"cannot write to --out {directory}: {error.strerror}; choose another") from None
 
-    def _go_on(self, configuration: dict[str, Any]) -> None:
-        whole, _, _ = self.path.read_bytes().rpartition(b"\n")
+    def _go_on(self, header: dict[str, Any]) -> None:
+        """Read the lines that are whole, if they are of this configuration, and cut off what follows them."""
+        whole = self.path.read_bytes().rpartition(b"\n")[0]
+        if not whole:
+            self.path.write_bytes(b"")
+            self._write(header)
+            return
         try:
-            [header, *self.records] = map(json.loads, whole.splitlines()) if whole else [None]
-            if header is not None:
-                configured = header["configuration"]
-                if header.get("format") != FORMAT:
-                    raise UserError(
-                        f"{self.path} was written by another version of the audit, whose records hold other fields or "
-                        "other credit; choose another --out, or remove it"
-                    )
-                _check_same(configured, configuration, self.path)
+            [earlier, *self.records] = map(json.loads, whole.splitlines())
+            ours, theirs = header["configuration"], earlier["configuration"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path} is not an audit's ({error}); choose another --out") from None
+        if earlier.get("format") != FORMAT:
+            raise UserError(
+                f"{self.path} was written by another version of the audit, whose records hold other fields or "
+                "other credit; choose another --out, or remove it"
+            )
+        for name in ours | theirs:
+            if theirs.get(name) != ours.get(name):
+                raise UserError(
+                    f"{self.path} is an audit of another configuration ({name}: {theirs.get(name)} there, "
+                    f"{ours.get(name)} here); choose another --out"
+                )
         with self.path.open("r+b") as file:
-            file.truncate(len(whole) + 1 if whole else 0)
+            file.truncate(len(whole) + 1)
 
     def append(self, record: dict[str, Any]) -> None:
         """Keep one completion's result, on the disk before this returns."""
         self._write(record)
-        self.records.append(json.loads(json.dumps(record)))
+        self.records.append(record)
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def _check_same(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
-    for name in ours | theirs:
-        if theirs.get(name) != ours.get(name):
-            raise UserError(
-                f"{path} is an audit of another configuration ({name}: {theirs.get(name)} there, {ours.get(name)} "
-                "here); choose another --out"
-            )
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from captum.attr import LayerGradientXActivation
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from abc_plugin.attention import attach
-from abc_plugin.attention.layers import attention_layers, target_layer
+from abc_plugin.attention.layers import attention_layers
 from abc_plugin.attention.readers import attach_readers, record, rows
 from abc_plugin.attention.scalar_head import FLAG, load_reward_model
 from abc_plugin.errors import UserError
@@ -27,7 +28,6 @@ class Look:
     score: float
     evidence: dict[str, Tensor]  # what methods need, by name (``credit.methods.NEEDS``), each (S,)
     rows_LHS: Tensor  # attention of the last token, by layer and head
-    layer_HS: Tensor  # those of the layer that ABC reads, all heads
     gradient_S: Tensor | None  # captum's gradient x input of the score on each token's embedding; None if not asked
 
 
@@ -63,22 +63,12 @@ class RewardModel:
                 "grad_input"
             )
         self.model.requires_grad_(False)
-        module, chosen, _ = target_layer(self.model, layer, outside=True)
-        total = getattr(module, "config", self.model.config.get_text_config()).num_attention_heads
-        if heads is not None and max(heads) >= total:
-            raise UserError(f"--shaping.heads {max(heads)}: the layer has {total} heads, 0 to {total - 1}")
-        modules = attention_layers(self.model, outside=True)
-        self.layers = list(modules)
-        self.configured, self.heads = self.layers.index(chosen), heads
-        self._taps = [self._tap(index, module) for index, module in modules.items()]
-        self._readers = attach_readers(self.model, needs - {"attention"})
+        self.heads = heads
+        self.layers = list(attention_layers(self.model, outside=True))
+        self._readers = attach_readers(self.model, needs | {"attention"}, layer=layer, heads=heads)
+        self.configured = self.layers.index(self._readers["attention"].layer_index)
+        self._taps = [attach(self.model, str(index), per_head=True) for index in self.layers]
         self._tokens = TOKENS[self.device.type]
-
-    def _tap(self, index: int, module: nn.Module) -> Any:
-        """A model has one tap, but an attention module by itself is a model of one layer, if it has a config."""
-        if hasattr(module, "config"):
-            return attach(module, "last", per_head=True)
-        return attach(self.model, str(index), per_head=True)  # outside the attention interface: hooks, any number
 
     @property
     def window(self) -> int | None:
@@ -87,37 +77,34 @@ class RewardModel:
 
     def scores(self, sequences: list[list[int]]) -> list[float]:
         """Score of each sequence, in batches of like length as large as memory allows."""
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        waiting = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         scores = [0.0] * len(sequences)
-        at = 0
-        while at < len(order):
-            batch = order[at : at + self._fit(order[at:], sequences)]
-            try:
-                for i, score in zip(batch, self._scores([sequences[i] for i in batch]), strict=True):
-                    scores[i] = score
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _out_of_memory(error) or len(batch) == 1:
-                    raise
-                self._tokens = max(1, sum(len(sequences[i]) for i in batch) // 2)
-                torch.cuda.empty_cache()
-                continue
-            at += len(batch)
+        while waiting:
+            count = 1
+            while count < len(waiting) and (count + 1) * len(sequences[waiting[count]]) <= self._tokens:
+                count += 1
+            batch, waiting = waiting[:count], waiting[count:]
+            for i, score in zip(batch, self._score_or_halve([sequences[i] for i in batch]), strict=True):
+                scores[i] = score
         return scores
 
-    def _fit(self, order: list[int], sequences: list[list[int]]) -> int:
-        """How many of the next sequences, ascending in length, one forward takes; at least 1."""
-        count = 0
-        while count < len(order) and (count + 1) * len(sequences[order[count]]) <= self._tokens:
-            count += 1
-        return max(1, count)
+    def _score_or_halve(self, sequences: list[list[int]]) -> list[float]:
+        """Where memory runs out, each half by itself, and smaller batches from here on."""
+        try:
+            return self._forward(sequences)
+        except RuntimeError as error:
+            if len(sequences) == 1 or not should_reduce_batch_size(error):
+                raise
+        self._tokens = max(1, sum(map(len, sequences)) // 2)
+        clear_device_cache()
+        middle = len(sequences) // 2
+        return self._score_or_halve(sequences[:middle]) + self._score_or_halve(sequences[middle:])
 
     @torch.no_grad()
-    def _scores(self, sequences: list[list[int]]) -> list[float]:
-        length_B = torch.tensor([len(ids) for ids in sequences], device=self.device)
-        ids_BS = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True)
-        ids_BS = ids_BS.to(self.device)
-        mask_BS = (torch.arange(ids_BS.shape[1], device=self.device)[None] < length_B[:, None]).long()
-        return self.model(ids_BS, mask_BS).float().tolist()
+    def _forward(self, sequences: list[list[int]]) -> list[float]:
+        mask_BS = pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids in sequences], batch_first=True)
+        ids_BS = pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True)
+        return self.model(ids_BS.to(self.device), mask_BS.to(self.device)).float().tolist()
 
     def look(self, ids: list[int]) -> Look:
         """Score, evidence, and every layer's and head's row of one sequence."""
@@ -129,9 +116,7 @@ class RewardModel:
             score = self.model(ids_BS, mask_BS).item()
             rows_LHS = torch.stack([recording.row_BHS[0] for recording in recordings]).float().cpu()
         evidence = {name: row_BS[0] for name, row_BS in rows(read).items()}
-        layer_HS = rows_LHS[self.configured]
-        evidence["attention"] = (layer_HS if self.heads is None else layer_HS[self.heads]).mean(0)
-        return Look(score, evidence, rows_LHS, layer_HS, self._gradient(ids_BS) if self.gradient else None)
+        return Look(score, evidence, rows_LHS, self._gradient(ids_BS) if self.gradient else None)
 
     def _gradient(self, ids_BS: Tensor) -> Tensor:
         """gradient[s] = sum_d embedding[s,d] · d score / d embedding[s,d], by captum, (S,)."""
@@ -142,11 +127,6 @@ class RewardModel:
         embedding.weight.requires_grad_(False)
         return attribution_BSD[0].detach().float().sum(-1).cpu()
 
-    def close(self) -> None:
-        """Detach the taps."""
-        for tap in self._taps:
-            tap.close()
-
     def fingerprint(self) -> str:
         """Sixteen hex digits over the weights' names, shapes and up to 64 values of each, evenly spaced."""
         digest = hashlib.sha256()
@@ -155,8 +135,3 @@ class RewardModel:
             sample = flat[:: max(1, len(flat) // 64)].float().cpu()
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + sample.numpy().tobytes())
         return digest.hexdigest()[:16]
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """On CUDA a class of its own; the CPU's allocator raises a RuntimeError that says so."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -4,62 +4,59 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 from rich.table import Table
 
 from abc_plugin.credit.methods import Method, available, load
 from abc_plugin.errors import UserError
-from abc_plugin.tools.lab import outcome
-from abc_plugin.tools.lab.example import TEXT, paper_example
-from abc_plugin.tools.lab.gradient import CRITICS
-from abc_plugin.tools.lab.mdp import Completions
-from abc_plugin.tools.lab.study import Row, cases, settings, study
-from abc_plugin.tools.lab.tables import draw
 
 try:
-    from abc_plugin.tools.lab.plot import draw as draw_png
+    from abc_plugin.tools.lab import findings
+    from abc_plugin.tools.lab.bias import cases, measure, settings
+    from abc_plugin.tools.lab.bias_plot import draw as draw_png
+    from abc_plugin.tools.lab.mdp import Completions
+    from abc_plugin.tools.lab.policy_gradient import CRITICS
+    from abc_plugin.tools.lab.random_processes import EXAMPLE, draw, paper_example
 except ModuleNotFoundError as error:
     raise UserError(f"abc-rlhf lab needs {error.name}; pip install 'abc-plugin[report]'") from None
 
 MOST_COMPLETIONS = 20_000
 MOST_REWARDS = 5_000_000  # reward models x completions x positions: 40 MB a table
-REWARDS = ("table", "sum")
 SHOWN = ("cosine", "worst", "norm_ratio", "flips", "noise", "gain", "best")  # columns that fit a terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("--vocabulary", type=int, default=3, metavar="V", help="tokens to choose from (3)")
-    parser.add_argument("--length", type=int, default=4, metavar="L", help="tokens of a completion (4)")
-    parser.add_argument("--reward_models", type=int, default=64, metavar="N", help="random reward models (64)")
-    parser.add_argument("--seed", type=int, default=0, help="of all random tables (0)")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: every registered method")
-    parser.add_argument("--betas", nargs="+", type=float, default=[0.5, 0.8, 1.0], metavar="B", help="(0.5 0.8 1)")
-    parser.add_argument("--lambdas", nargs="+", type=float, default=[1.0, 0.95], metavar="X", help="of GAE (1 0.95)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--vocabulary", type=int, default=3, metavar="V", help="tokens to choose from (3)")
+    add("--length", type=int, default=4, metavar="L", help="tokens of a completion (4)")
+    add("--reward_models", type=int, default=64, metavar="N", help="random reward models (64)")
+    add("--seed", type=int, default=0, help="of all random tables (0)")
+    add("--methods", nargs="+", metavar="NAME", help="default: every registered method")
+    add("--betas", nargs="+", type=float, default=[0.5, 0.8, 1.0], metavar="B", help="(0.5 0.8 1)")
+    add("--lambdas", nargs="+", type=float, default=[1.0, 0.95], metavar="X", help="of GAE (1 0.95)")
+    add(
         "--critic",
-        choices=sorted(CRITICS),
+        choices=CRITICS,
         default="exact",
         help="value function: exact (of the shaped reward under the current policy), noisy (with errors of 0.5 per "
         "prefix), constant (the mean reward), zero",
     )
-    parser.add_argument(
+    add(
         "--rewards",
-        choices=REWARDS,
+        choices=("table", "sum"),
         default="table",
         help="table: independent per completion; sum: of a value per position and token; both standardised",
     )
-    parser.add_argument(
-        "--reward_mean", type=float, default=0.0, metavar="X", help="added to the standardised rewards (0)"
-    )
-    parser.add_argument("--ends", action="store_true", help="token 0 ends a completion, so that lengths differ")
-    parser.add_argument("--out", type=Path, default=Path("runs/lab"), metavar="DIR", help="(runs/lab)")
+    add("--reward_mean", type=float, default=0.0, metavar="X", help="added to the standardised rewards (0)")
+    add("--ends", action="store_true", help="token 0 ends a completion, so that lengths differ")
+    add("--out", type=Path, default=Path("runs/lab"), metavar="DIR", help="(runs/lab)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,22 +66,34 @@ def run(args: argparse.Namespace) -> int:
     """
     _check(args)
     setting = {name: value for name, value in vars(args).items() if name not in ("command", "out")}
-    found, skipped = cases(_methods(args.methods))
-    setting["methods"] = list(dict.fromkeys(case.name for case in found))
-    _claim(args.out, setting)
+    made, skipped = cases(_methods(args.methods))
+    setting["methods"] = list(dict.fromkeys(case.name for case in made))
+    _refuse_other_results(args.out, setting)
     console = Console(highlight=False)
     example = paper_example()
     _print_example(console, example)
     space = Completions(args.vocabulary, args.length, ends=args.ends)
     tables = draw(space, args.reward_models, args.seed, rewards=args.rewards, offset=args.reward_mean)
-    wanted = settings(found, args.betas, args.lambdas)
-    rows = list(_with_bar(study(space, tables, wanted, args.critic, args.seed), len(wanted)))
-    _print_rows(console, rows, args)
-    files = _write(args.out, rows, setting, example, skipped)
-    for sentence in outcome.verdict(rows):
+    wanted = settings(made, args.betas, args.lambdas)
+    measured = measure(space, tables, wanted, args.critic, args.seed)
+    rows = list(track(measured, "lab", len(wanted), console=Console(stderr=True), transient=True))
+    summary = findings.summarise(rows)
+    title = (
+        f"{args.reward_models} random reward models over {args.vocabulary}^{args.length} completions, "
+        f"lambda {args.lambdas[0]:g}, {args.critic} critic"
+    )
+    console.print(title + (" (the other lambdas are in lab.md)" if len(args.lambdas) > 1 else ""))
+    console.print(_table(summary[summary["lambda"] == args.lambdas[0]]))
+    files = [args.out / f"lab.{suffix}" for suffix in ("json", "md", "png")]
+    try:
+        everything = findings.as_json(rows, setting, example, skipped)
+        files[0].write_text(json.dumps(everything, indent=1), encoding="utf-8")
+        files[1].write_text(findings.as_markdown(summary, setting, example, skipped), encoding="utf-8")
+        files[2].write_bytes(draw_png(summary, f"{title}; equal points are drawn side by side"))
+    except OSError as error:
+        raise UserError(f"cannot write to {args.out}: {error.strerror}; choose another --out") from None
+    for sentence in findings.verdict(summary) + ([findings.skipped_line(skipped)] if skipped else []):
         console.print(sentence, markup=False)
-    if skipped:
-        console.print(outcome.skipped_line(skipped), markup=False)
     print(f"abc-rlhf lab: {len(rows)} settings of {args.reward_models} reward models: {' '.join(map(str, files))}")
     return 0
 
@@ -121,7 +130,7 @@ def _methods(names: list[str] | None) -> dict[str, Method]:
     return {name: load(name) for name in dict.fromkeys(["none", *(names or known)])}
 
 
-def _claim(out: Path, setting: dict[str, Any]) -> None:
+def _refuse_other_results(out: Path, setting: dict[str, Any]) -> None:
     """Make the directory; refuse one that holds the results of other settings."""
     earlier = out / "lab.json"
     try:
@@ -137,17 +146,8 @@ def _claim(out: Path, setting: dict[str, Any]) -> None:
         raise UserError(f"{earlier} is of a lab with other settings; choose another --out, or remove it")
 
 
-def _with_bar(rows: Iterator[Row], total: int) -> Iterator[Row]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("lab", total=total)
-        for row in rows:
-            progress.update(task, advance=1, description=f"{row.case.label}, beta {row.beta:g}")
-            yield row
-
-
 def _print_example(console: Console, example: dict[float, float]) -> None:
-    console.print(TEXT, markup=False)
+    console.print(EXAMPLE, markup=False)
     table = Table(box=SIMPLE, padding=(0, 1))
     table.add_column("beta")
     for beta in example:
@@ -156,39 +156,13 @@ def _print_example(console: Console, example: dict[float, float]) -> None:
     console.print(table)
 
 
-def _print_rows(console: Console, rows: list[Row], args: argparse.Namespace) -> None:
-    """The rows of the first lambda; the files have all rows and columns."""
-    first = args.lambdas[0]
-    console.print(
-        f"{args.reward_models} random reward models over {args.vocabulary}^{args.length} completions, "
-        f"lambda {first:g}, {args.critic} critic"
-        + (" (the other lambdas are in lab.md)" if len(args.lambdas) > 1 else "")
-    )
+def _table(summary: pd.DataFrame) -> Table:
+    """The columns that fit a terminal; the files have all."""
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("credit", no_wrap=True)
-    for heading in ("beta", *(outcome.COLUMNS[name].heading for name in SHOWN)):
+    for heading in ("beta", *(findings.COLUMNS[name].heading for name in SHOWN)):
         table.add_column(heading, justify="right", no_wrap=True)
-    before = ""
-    for row in rows:
-        if row.lambda_ == first:
-            label, before = "" if row.case.label == before else row.case.label, row.case.label
-            table.add_row(label, f"{row.beta:g}", *outcome.cells(row, SHOWN))
-    console.print(table)
-
-
-def _write(
-    out: Path, rows: list[Row], setting: dict[str, Any], example: dict[float, float], skipped: list[str]
-) -> list[Path]:
-    files = [out / "lab.json", out / "lab.md", out / "lab.png"]
-    size = f"{setting['vocabulary']}^{setting['length']} completions"
-    title = (
-        f"{setting['reward_models']} random reward models over {size}, lambda {setting['lambdas'][0]:g}, "
-        f"{setting['critic']} critic; equal points are drawn side by side"
-    )
-    try:
-        files[0].write_text(json.dumps(outcome.as_json(rows, setting, example, skipped), indent=1), encoding="utf-8")
-        files[1].write_text(outcome.as_markdown(rows, setting, example, skipped), encoding="utf-8")
-        draw_png(rows, files[2], title)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
-    return files
+    repeated = summary.credit.duplicated()
+    for number, line in summary.iterrows():
+        table.add_row("" if repeated[number] else line.credit, f"{line.beta:g}", *findings.cells(line, SHOWN))
+    return table

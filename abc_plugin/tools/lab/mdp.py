@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import one_hot, pad
 
 
 class Completions:
@@ -16,26 +16,21 @@ class Completions:
 
     tokens_NL: the strings.  mask_NL: True where the policy chooses.  sequences_NS: a prompt of two tokens, then the
     string (S = L + 2), as the host lays them out: its action axis of S - 1 begins with the prompt's last token.
+    canonical_N: the string with zeros behind its end.  before_last_N: canonical, with 0 as its last token too.
     """
 
     def __init__(self, vocabulary: int, length: int, *, ends: bool = False) -> None:
         self.V, self.L, self.N = vocabulary, length, vocabulary**length
+        self.prefixes = sum(vocabulary**t for t in range(length))  # P
         powers_L = vocabulary ** torch.arange(length - 1, -1, -1)
         self.tokens_NL = torch.arange(self.N)[:, None] // powers_L % vocabulary
         end_NL = (self.tokens_NL == 0) & ends
         self.mask_NL = end_NL.cumsum(1) - end_NL.long() == 0
-        self.canonical_N = (self.tokens_NL * self.mask_NL * powers_L).sum(1)  # the string with zeros behind its end
+        self.canonical_N = (self.tokens_NL * self.mask_NL * powers_L).sum(1)
         self.possible_N = self.canonical_N == torch.arange(self.N)
         last_NL = self.mask_NL & (self.mask_NL.flip(1).cumsum(1).flip(1) == 1)
-        self.before_last_N = self.canonical_N - (self.tokens_NL * last_NL * powers_L).sum(
-            1
-        )  # equal but for that token
+        self.before_last_N = self.canonical_N - (self.tokens_NL * last_NL * powers_L).sum(1)
         self.sequences_NS = pad(self.tokens_NL, (2, 0), value=vocabulary)
-
-    @property
-    def prefixes(self) -> int:
-        """P = 1 + V + … + V^(L-1)."""
-        return sum(self.V**t for t in range(self.L))
 
     def by_prefix(self, x_MN: Tensor, t: int) -> Tensor:
         """Sums over the completions of each prefix of t tokens: (M, V^t)."""
@@ -52,8 +47,7 @@ class Completions:
     def policy(self, theta_MPV: Tensor) -> Tensor:
         """pi(token | prefix) = softmax of the logits theta, (M, P, V)."""
         live_P = torch.cat([self.mask_NL[:: self.V ** (self.L - t), t] for t in range(self.L)])
-        first_V = torch.nn.functional.one_hot(torch.tensor(0), self.V).to(theta_MPV)
-        return torch.where(live_P[:, None], theta_MPV.softmax(-1), first_V)
+        return torch.where(live_P[:, None], theta_MPV.softmax(-1), one_hot(torch.tensor(0), self.V).to(theta_MPV))
 
     def probability(self, policy_MPV: Tensor) -> Tensor:
         """p(completion) = product of pi(token | prefix), (M, N)."""

@@ -1,4 +1,4 @@
-"""Random decision processes: rewards, policies, and the evidence that credit methods are given."""
+"""Decision processes: rewards, policies, and the evidence that credit methods are given; one by hand, many random."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from abc_plugin.credit.methods import Evidence, Method
+from abc_plugin.credit.methods import ABC, Evidence, Method
 from abc_plugin.credit.redistribute import last_action
 from abc_plugin.credit.shaping import shape
 from abc_plugin.tools.lab.mdp import Completions
+from abc_plugin.tools.lab.policy_gradient import advantages, expected_gradient
 
 GRID = 2.0**-16  # rewards and scores lie on it: the shipped fp32 functions add and subtract them without rounding
 
@@ -25,10 +26,17 @@ KINDS = {
     "policy_last": ("random",),
 }
 
+EXAMPLE_BETAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+EXAMPLE = (
+    "Two tokens, each 0 or 1 with probability 1/2; r = 1 if the second is 1, else 0.5; attention on the first token: "
+    "0.9 if the second is 1, else 0. The true gradient on the second token's logit is +0.125; with abc it is "
+    "0.25·(0.5 - 0.9·beta), so from beta = 0.56 on the policy learns the worse token."
+)
+
 
 @dataclass(frozen=True)
 class Tables:
-    """reward_MN: r_C.  theta_MPV: the policy's logits.  evidence_MNL: by (field, kind), see ``draw``; of the string's
+    """reward_MN: r_C.  theta_MPV: the policy's logits.  evidence_MNL: by (field, kind), see ``draw``; for the string's
     tokens, or (M, N, L + 1) with the prompt's last token in front."""
 
     reward_MN: Tensor
@@ -48,20 +56,28 @@ def draw(space: Completions, models: int, seed: int, *, rewards: str = "table", 
     prefix: random: normal plus ``offset`` per prefix; ideal: E[r_C | prefix] under the policy theta; both with the
     empty prefix, the prompt's own score, in front, and r_C at the last action.
     """
-    random = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    reward_MN = _rewards(space, normal, models, rewards, offset)
+    if rewards == "table":
+        reward_MN = normal(models, space.N)[:, space.canonical_N]
+    else:
+        value_MLV = normal(models, space.L, space.V)
+        reward_MN = (value_MLV[:, torch.arange(space.L), space.tokens_NL] * space.mask_NL).sum(2)
+    possible = reward_MN[:, space.possible_N]
+    reward_MN = (reward_MN - possible.mean(1, keepdim=True)) / possible.std(1, keepdim=True)
+    reward_MN = _on_grid(reward_MN + offset)
+
     theta_MPV = 0.5 * normal(models, space.prefixes, space.V)
     effect_MNL = leave_one_out(space, reward_MN)
-    shape = (models, space.N, space.L)
+    shape_MNL = (models, space.N, space.L)
     last_NL = last_action(space.mask_NL).bool()
-    evidence = {("attention", "random"): normal(*shape).softmax(2), ("attention", "aligned"): effect_MNL.abs()}
-    evidence |= {("gradient", "random"): normal(*shape), ("gradient", "aligned"): effect_MNL}
+    evidence = {("attention", "random"): normal(*shape_MNL).softmax(2), ("attention", "aligned"): effect_MNL.abs()}
+    evidence |= {("gradient", "random"): normal(*shape_MNL), ("gradient", "aligned"): effect_MNL}
     for name in ("policy", "policy_last"):
-        evidence[name, "random"] = normal(*shape)[:, space.before_last_N].softmax(2) * ~last_NL
+        evidence[name, "random"] = normal(*shape_MNL)[:, space.before_last_N].softmax(2) * ~last_NL
     levels = [space.spread(normal(models, space.V**t) + offset) for t in (*range(1, space.L + 1), 0)]
     p_MN = space.probability(space.policy(theta_MPV))
     ideal = [space.conditional(reward_MN, p_MN, t) for t in range(space.L + 1)]
@@ -71,29 +87,17 @@ def draw(space: Completions, models: int, seed: int, *, rewards: str = "table", 
     return Tables(reward_MN, theta_MPV, evidence)
 
 
-def _rewards(space: Completions, normal, models: int, rewards: str, offset: float) -> Tensor:
-    if rewards == "table":
-        reward_MN = normal(models, space.N)[:, space.canonical_N]
-    else:
-        value_MLV = normal(models, space.L, space.V)
-        picked_MNL = value_MLV[:, torch.arange(space.L), space.tokens_NL]
-        reward_MN = (picked_MNL * space.mask_NL).sum(2)
-    possible = reward_MN[:, space.possible_N]
-    reward_MN = (reward_MN - possible.mean(1, keepdim=True)) / possible.std(1, keepdim=True)
-    return _on_grid(reward_MN + offset)
-
-
 def _on_grid(x: Tensor) -> Tensor:
     return (x / GRID).round() * GRID
 
 
 def leave_one_out(space: Completions, reward_MN: Tensor) -> Tensor:
-    """r_C minus its mean over all tokens in this place, the others kept; (M, N, L): what attention should know."""
-    found = []
+    """r_C minus its mean over all tokens at that position, the others kept; (M, N, L): what attention should know."""
+    effects = []
     for t in range(space.L):
         split = reward_MN.unflatten(1, (space.V**t, space.V, -1))
-        found.append((split - split.mean(2, keepdim=True)).flatten(1))
-    return torch.stack(found, dim=2)
+        effects.append((split - split.mean(2, keepdim=True)).flatten(1))
+    return torch.stack(effects, dim=2)
 
 
 def shaped(space: Completions, tables: Tables, method: Method, kind: str, beta: float) -> Tensor:
@@ -102,11 +106,25 @@ def shaped(space: Completions, tables: Tables, method: Method, kind: str, beta: 
     rows = [x.repeat(models, 1) for x in (space.sequences_NS, pad(space.mask_NL, (1, 0)))]
     fields = {}
     for name in method.needs:
-        value_BA = tables.evidence_MNL[name, _kind(name, kind)].flatten(0, 1)
+        value_BA = tables.evidence_MNL[name, kind if kind in KINDS[name] else KINDS[name][0]].flatten(0, 1)
         fields[f"{name}_BA"] = pad(value_BA, (actions - value_BA.shape[1], 0))
     dense_BA = shape(method, [Evidence(*rows, **fields)], tables.reward_MN.flatten(), beta=beta).reward_BA
     return dense_BA[:, 1:].double().unflatten(0, (models, space.N))
 
 
-def _kind(name: str, kind: str) -> str:
-    return kind if kind in KINDS[name] else KINDS[name][0]
+def paper_example(betas: tuple[float, ...] = EXAMPLE_BETAS) -> dict[float, float]:
+    """beta: the expected gradient on the logit of "second token = 1", under ABC with an exact critic; see EXAMPLE."""
+    space = Completions(2, 2)
+    one_N = space.tokens_NL[:, 1] == 1
+    first_N = torch.where(one_N, 0.9, 0.0).double()
+    attention_MNL = torch.stack([first_N, 1.0 - first_N], dim=1)[None]
+    theta_MPV = torch.zeros(1, space.prefixes, 2, dtype=torch.float64)
+    tables = Tables(torch.where(one_N, 1.0, 0.5).double()[None], theta_MPV, {("attention", "random"): attention_MNL})
+    policy_MPV = space.policy(theta_MPV)
+    p_MN = space.probability(policy_MPV)
+    gradients = {}
+    for beta in betas:
+        advantage_MNL = advantages(space, p_MN, shaped(space, tables, ABC, "random", beta))
+        g_MPV = expected_gradient(space, policy_MPV, p_MN, advantage_MNL)
+        gradients[beta] = float(space.levels(g_MPV)[1][0, :, 1].sum())  # one logit, whatever the first token was
+    return gradients

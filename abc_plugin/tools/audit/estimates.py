@@ -1,0 +1,103 @@
+"""Statistics on few numbers: correlations and shares that may be undefined (NaN), means with an interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.special import entr
+from scipy.stats import rankdata, t
+
+from abc_plugin.report.statistics import t_interval
+
+LEVEL = 0.95
+CONCENTRATION = {
+    "entropy": "entropy, as a share of uniform's",
+    "first": "share on the completion's first token",
+    "last": "share on its last token",
+    "punctuation": "share on punctuation",
+    "special": "share on special tokens",
+}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the ends of its interval; n independent values."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.mean:{spec or '.3f'}} [{self.low:{spec or '.3f'}}, {self.high:{spec or '.3f'}}]"
+
+    @property
+    def sign(self) -> int:
+        """1 where the whole interval lies above 0, -1 below, 0 where it holds 0."""
+        return (self.low > 0) - (self.high < 0)
+
+
+def intervals(table: pd.DataFrame, level: float = LEVEL) -> dict[Any, Interval | None]:
+    """By column the mean over prompts (the index) of each prompt's mean, with Student's t interval over the prompts.
+
+    mean ± t_{n-1, (1+level)/2} · s / sqrt(n)
+
+    Completions of one prompt resemble each other, so that they count as one. NaN is left out (an undefined
+    correlation); None where fewer than two prompts have a value. Not a bootstrap: of ten prompts at the level of 126
+    heads (99.96 %) percentile and BCa intervals miss the mean in 2 to 3 % of samples.
+    """
+    means = table.groupby(level=0, sort=False).mean()
+    columns = {name: column.dropna().to_numpy() for name, column in means.items()}
+    return {
+        name: Interval(*t_interval(values, level), len(values)) if len(values) > 1 else None
+        for name, values in columns.items()
+    }
+
+
+def interval(values: pd.Series, level: float = LEVEL) -> Interval | None:
+    """``intervals`` of one column."""
+    return intervals(values.to_frame(0), level)[0]
+
+
+def needed(estimate: Interval, half_width: float) -> int:
+    """How many values would make the 95 % interval's half as wide as that: (1.96 s / half_width)^2, rounded up."""
+    spread = (estimate.high - estimate.low) / 2 / t.ppf((1 + LEVEL) / 2, estimate.n - 1) * math.sqrt(estimate.n)
+    return math.ceil((1.96 * spread / half_width) ** 2)
+
+
+def pearson(x: Sequence[float], y: Sequence[float]) -> float:
+    """The linear correlation; NaN where either is constant, or has under 3 values: of two it could only be 1 or -1."""
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Pearson's correlation of the ranks, ties at their mean rank; NaN as there."""
+    return pearson(rankdata(x), rankdata(y))
+
+
+def shares(size_XT: np.ndarray) -> np.ndarray:
+    """size / its sum over the tokens, (..., T), sizes >= 0; NaN where the sum is 0."""
+    total_X1 = size_XT.sum(-1, keepdims=True)
+    return np.divide(size_XT, total_X1, out=np.full(size_XT.shape, np.nan), where=total_X1 > 0)
+
+
+def concentration(share_XT: np.ndarray, marks: Mapping[str, list[bool]]) -> dict[str, np.ndarray]:
+    """CONCENTRATION of shares (..., T), each (...); marks: "punctuation" and "special", a bool per token.
+
+    entropy = - sum share ln share / ln T; NaN for one token, and all NaN where the shares are
+    """
+    tokens = share_XT.shape[-1]
+    return {
+        "entropy": entr(share_XT).sum(-1) / (math.log(tokens) if tokens > 1 else math.nan),
+        "first": share_XT[..., 0],
+        "last": share_XT[..., -1],
+        "punctuation": (share_XT * marks["punctuation"]).sum(-1),
+        "special": (share_XT * marks["special"]).sum(-1),
+    }

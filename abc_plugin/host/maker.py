@@ -50,7 +50,7 @@ class CreditExperienceMaker(RemoteExperienceMaker):
         self.method = methods.load(self.shaping.method)
         self.announced = False
         self._received: list[list[EvidenceBatch]] = []  # by group of workers, in the order of the experiences
-        self._waiting: list[Experience] = []  # whose reward the host has not asked for yet
+        self._waiting: list[tuple[Experience, Tensor]] = []  # whose return is still to come, with their scores
         self._parts: list[RewardParts] = []
 
     @property
@@ -161,9 +161,8 @@ class CreditExperienceMaker(RemoteExperienceMaker):
             for experience in experiences:
                 _check_finite("the reward", experience.rewards, experience)
                 experience.kl = experience.kl.float()  # the host gives the reward the penalty's dtype
-        # The host changes the rewards in place.
-        self._scores = [experience.info.get("reward", experience.rewards).clone() for experience in experiences]
-        self._waiting = list(experiences)
+        # The host's length penalties change the scores in place.
+        self._waiting = [(one, one.info.get("reward", one.rewards).clone()) for one in experiences]
         experiences = super().compute_advantages_and_returns(experiences)
         if self._waiting:
             raise CreditError(f"OpenRLHF skipped the reward of {len(self._waiting)} experiences: their credit is lost")
@@ -184,9 +183,9 @@ class CreditExperienceMaker(RemoteExperienceMaker):
         """Credit plus KL penalty (B, A), in place of the host's ``reward_BA``: final reward plus KL penalty."""
         if not self.shaping.dense and not self._recording:
             return reward_BA
-        if not self._waiting or self._waiting[0].action_mask is not action_mask_BA:
+        if not self._waiting or self._waiting[0][0].action_mask is not action_mask_BA:
             raise CreditError("OpenRLHF asked for the return of an experience out of turn, or asked twice")
-        experience, score_B = self._waiting.pop(0), self._scores[len(self._parts)]
+        experience, score_B = self._waiting.pop(0)
         final_B, penalty_BA = self._split(experience, reward_BA)
         if self.shaping.dense:
             credit_BA, shaped_BA = self._redistribute(experience, final_B)

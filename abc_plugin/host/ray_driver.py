@@ -9,7 +9,8 @@ from argparse import Namespace
 from abc_plugin.config import add_flags, split_flags
 from abc_plugin.credit import methods
 from abc_plugin.errors import CreditError, UserError, WorkerDied
-from abc_plugin.host.imports import import_cluster_host, import_host
+from abc_plugin.host.arguments import parse
+from abc_plugin.host.imports import import_cluster_host
 
 ON_CPU = "--on_cpu"
 
@@ -33,16 +34,12 @@ def main(argv: list[str]) -> int:
 
 def parsed(argv: list[str]) -> Namespace:
     """The run's settings. Raises UserError for what one of the parsers refuses, or a host that is not supported."""
-    wants_help = {"-h", "--help"} & set(argv)
     shaping, host_argv = split_flags([word for word in argv if word != ON_CPU])
     methods.load(shaping.method)
-    if wants_help:
-        _print_help()
-        import_host(local=False)  # a machine without engines can help, too
+    if {"-h", "--help"} & set(argv):
+        _print_help()  # the host's parser adds its own and ends
     else:
         import_cluster_host(on_cpu=ON_CPU in argv)
-    from abc_plugin.host.arguments import parse
-
     args = parse(host_argv, "ray")
     args.shaping = shaping
     return args
@@ -84,5 +81,5 @@ def _cause(error: Exception) -> Exception:
         return ours[kind](reason) if kind in ours else WorkerDied(f"a Ray worker could not start: {lines[-1]}")
     return WorkerDied(
         f"a Ray worker died: {' '.join(lines)[:400]}. Nothing is trained on a half-finished step; go on from the last "
-        f"checkpoint with --ckpt.load_enable and the same flags (a process out of memory dies like this, too)"
+        "checkpoint with --ckpt.load_enable and the same flags (a process out of memory dies like this, too)"
     )

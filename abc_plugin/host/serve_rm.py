@@ -39,8 +39,8 @@ class CreditServer:
         from abc_plugin.attention.readers import attach_readers
 
         self.proxy = proxy
-        about = {"layer": shaping.layer, "recovery": shaping.recovery, "heads": shaping.head_list}
-        self.attention = attach_readers(proxy.reward_model, {"attention"}, **about)["attention"]
+        options = {"layer": shaping.layer, "recovery": shaping.recovery, "heads": shaping.head_list}
+        self.attention = attach_readers(proxy.reward_model, {"attention"}, **options)["attention"]
 
     @torch.no_grad()
     def reply(self, queries: list[str]) -> dict[str, Any]:

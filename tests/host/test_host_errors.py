@@ -18,7 +18,7 @@ def nothing_is_trained(monkeypatch):
     monkeypatch.setattr(local, "_train", lambda args: pytest.fail("training was started"))
 
 
-def said(capsys, words):
+def output(capsys, words):
     assert cli.main(["local", *words]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("abc-rlhf: error: ")
@@ -88,7 +88,7 @@ def test_flags(tiny, tmp_path, capsys, changes, message):
 
         if torch.cuda.is_available():
             pytest.skip("this machine has a CUDA device")
-    assert message in said(capsys, words)
+    assert message in output(capsys, words)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_flags(tiny, tmp_path, capsys, changes, message):
 )
 def test_datasets(tiny, tmp_path, capsys, rows, message):
     words = local_flags(tiny, tmp_path, **{"data.prompt_dataset": prompts(tmp_path, *rows)})
-    assert message in said(capsys, words)
+    assert message in output(capsys, words)
 
 
 @pytest.mark.parametrize("flag", ["reward.model_name_or_path", "critic.model_name_or_path"])
@@ -117,7 +117,7 @@ def test_a_model_with_another_tokenizer(tiny, tmp_path, capsys, flag):
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["Ġthe"], vocabulary["Ġa"] = vocabulary["Ġa"], vocabulary["Ġthe"]
     path.write_text(json.dumps(tokenizer))
-    error = said(capsys, local_flags(tiny, tmp_path, **{flag: other}))
+    error = output(capsys, local_flags(tiny, tmp_path, **{flag: other}))
     assert f"--{flag} {other} and the policy" in error
     assert "must share a tokenizer, but the token 'Ġ" in error
     assert "use a model trained with the policy's tokenizer" in error
@@ -127,7 +127,7 @@ def test_a_damaged_tokenizer(tiny, tmp_path, capsys):
     other = shutil.copytree(tiny / "reward_model", tmp_path / "other")
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text()[:5000])
     words = local_flags(tiny, tmp_path, **{"reward.model_name_or_path": other})
-    assert f"--reward.model_name_or_path {other} has no usable tokenizer" in said(capsys, words)
+    assert f"--reward.model_name_or_path {other} has no usable tokenizer" in output(capsys, words)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_a_damaged_tokenizer(tiny, tmp_path, capsys):
 def test_an_incomplete_model_directory(tiny, tmp_path, capsys, flag, pattern, message):
     source = tiny / ("policy" if flag.startswith("actor") else "reward_model")
     broken = shutil.copytree(source, tmp_path / "broken", ignore=shutil.ignore_patterns(pattern))
-    assert message in said(capsys, local_flags(tiny, tmp_path, **{flag: broken}))
+    assert message in output(capsys, local_flags(tiny, tmp_path, **{flag: broken}))
 
 
 def test_a_bin_checkpoint_without_a_head(tiny, tmp_path, capsys):
@@ -154,7 +154,7 @@ def test_a_bin_checkpoint_without_a_head(tiny, tmp_path, capsys):
     weights["other.weight"] = weights.pop("score.weight")
     torch.save(weights, other / "pytorch_model.bin")
     words = local_flags(tiny, tmp_path, **{"reward.model_name_or_path": other})
-    assert "has no weight score.weight" in said(capsys, words)
+    assert "has no weight score.weight" in output(capsys, words)
 
 
 def test_a_reward_model_the_tap_cannot_attach_to(tiny, tmp_path, capsys):
@@ -169,9 +169,9 @@ def test_a_reward_model_the_tap_cannot_attach_to(tiny, tmp_path, capsys):
     weights = {f"transformer.{name}": value.contiguous() for name, value in model.state_dict().items()}
     save_file(weights | {"score.weight": torch.zeros(1, 32)}, odd / "model.safetensors", {"format": "pt"})
     changes = {"reward.model_name_or_path": odd, "reward_shaping": "abc"}
-    assert "BloomModel does not support" in said(capsys, local_flags(tiny, tmp_path, **changes))
+    assert "BloomModel does not support" in output(capsys, local_flags(tiny, tmp_path, **changes))
     changes |= {"ds.attn_implementation": "eager", "shaping.recovery": "tap"}
-    error = said(capsys, local_flags(tiny, tmp_path, **changes))
+    error = output(capsys, local_flags(tiny, tmp_path, **changes))
     assert "BloomModel is not supported" in error
 
 
@@ -187,7 +187,7 @@ def test_exit_status_and_one_line_in_a_process_of_its_own(tiny, tmp_path):
 
 def test_several_processes_without_a_launcher_are_refused(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    error = said(capsys, local_flags(tiny, tmp_path))
+    error = output(capsys, local_flags(tiny, tmp_path))
     assert (
         "WORLD_SIZE=2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set: start the ranks with torchrun" in error
     )
@@ -197,7 +197,7 @@ def test_batches_that_two_ranks_cannot_share_are_refused(tiny, tmp_path, capsys,
     launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     for name, value in launched.items():
         monkeypatch.setenv(name, str(value))
-    error = said(capsys, local_flags(tiny, tmp_path, **{"rollout.micro_batch_size": 8}))
+    error = output(capsys, local_flags(tiny, tmp_path, **{"rollout.micro_batch_size": 8}))
     assert "a rollout has 8 completions (8 prompts, --rollout.n_samples_per_prompt 1), which 2 ranks cannot" in error
     assert "--rollout.micro_batch_size 4 would do" in error
 

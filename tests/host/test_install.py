@@ -24,11 +24,11 @@ from abc_plugin.host.install import as_actor, undecorated  # noqa: E402
 def host_objects() -> dict:
     modules = ("cli.train_ppo_ray", "trainer.ray.launcher", "trainer.ray.ppo_critic", "trainer.ppo_trainer")
     modules += ("trainer.ppo_trainer_async", "utils", "utils.utils", "trainer.ppo_utils.experience_maker")
-    found = {}
+    objects = {}
     for name in modules:
         module = importlib.import_module(f"openrlhf.{name}")
-        found |= {(name, key): value for key, value in vars(module).items() if not key.startswith("__")}
-    return found
+        objects |= {(name, key): value for key, value in vars(module).items() if not key.startswith("__")}
+    return objects
 
 
 @pytest.fixture(autouse=True)

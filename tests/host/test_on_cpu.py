@@ -48,43 +48,33 @@ def test_the_environment_is_the_hosts_and_the_users(monkeypatch):
     assert cpu_cluster.runtime_env()["env_vars"]["VLLM_CPU_KVCACHE_SPACE"] == "7"
 
 
-class TestAfterImport:
-    @pytest.fixture
-    def patched(self, tmp_path, monkeypatch):
-        """A module on sys.path whose patch notes its name, and the notes."""
-        notes = []
-        (tmp_path / "patched_module.py").write_text("value = 1\n")
-        monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.delitem(sys.modules, "patched_module", raising=False)
-        patches = {"patched_module": lambda module: notes.append(module.value), "no_such_module": notes.append}
-        return patches, notes
+@pytest.fixture
+def patched(tmp_path, monkeypatch):
+    """A module on sys.path whose patch notes its value, and the notes."""
+    notes = []
+    (tmp_path / "patched_module.py").write_text("value = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "patched_module", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    return {"patched_module": lambda module: notes.append(module.value), "no_such_module": notes.append}, notes
 
-    def test_patches_when_the_module_is_imported_and_not_before(self, patched, monkeypatch):
-        patches, notes = patched
-        monkeypatch.setattr(sys, "meta_path", [cpu_cluster.AfterImport(patches), *sys.meta_path])
-        assert importlib.util.find_spec("patched_module") and not notes  # transformers looks for deepspeed like this
-        importlib.import_module("patched_module")
-        importlib.import_module("patched_module")
-        assert notes == [1]
 
-    def test_patches_at_once_what_is_imported(self, patched):
-        patches, notes = patched
-        importlib.import_module("patched_module")
-        cpu_cluster.AfterImport(patches)
-        assert notes == [1]
+def test_a_module_is_patched_when_it_is_imported_by_each_finder_and_not_before(patched):
+    patches, notes = patched
+    sys.meta_path[:0] = [cpu_cluster.AfterImport(patches), cpu_cluster.AfterImport(patches)]
+    assert importlib.util.find_spec("patched_module") and not notes  # transformers looks for deepspeed like this
+    importlib.import_module("patched_module")
+    importlib.import_module("patched_module")
+    assert notes == [1, 1]
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        importlib.import_module("no_such_module")
 
-    def test_two_of_them_both_patch(self, patched, monkeypatch):
-        patches, notes = patched
-        finders = [cpu_cluster.AfterImport(patches), cpu_cluster.AfterImport(patches)]
-        monkeypatch.setattr(sys, "meta_path", [*finders, *sys.meta_path])
-        importlib.import_module("patched_module")
-        assert notes == [1, 1]
 
-    def test_an_absent_module_stays_absent(self, patched, monkeypatch):
-        patches, _ = patched
-        monkeypatch.setattr(sys, "meta_path", [cpu_cluster.AfterImport(patches), *sys.meta_path])
-        with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-            importlib.import_module("no_such_module")
+def test_a_module_that_is_imported_is_patched_at_once(patched):
+    patches, notes = patched
+    importlib.import_module("patched_module")
+    cpu_cluster.AfterImport(patches)
+    assert notes == [1]
 
 
 def test_the_vllm_plugin_leaves_other_machines_alone(monkeypatch):
@@ -95,7 +85,7 @@ def test_the_vllm_plugin_leaves_other_machines_alone(monkeypatch):
 
 
 def test_a_worker_finds_a_cpu_where_the_host_asks_for_cuda():
-    said = python("""
+    output = python("""
         import os, sys, types
         os.environ["ABC_RLHF_ON_CPU"] = "1"
         from abc_plugin.host import on_cpu as cpu_cluster
@@ -113,7 +103,7 @@ def test_a_worker_finds_a_cpu_where_the_host_asks_for_cuda():
         except ImportError as error:
             print(error)
     """)
-    assert said[-3:-1] == ["cuda:0 cpu", "False"] and "None in sys.modules" in said[-1]
+    assert output[-3:-1] == ["cuda:0 cpu", "False"] and "None in sys.modules" in output[-1]
 
 
 @pytest.mark.parametrize(("kind", "params"), [("AdamW", {"lr": 1.0, "torch_adam": True}), ("Muon", {"lr": 1.0})])
@@ -199,14 +189,14 @@ import ray
 
 @ray.remote(num_gpus=1)
 class Worker:
-    def about(self):
+    def info(self):
         import subprocess, torch, deepspeed
         subprocess.Popen(["bash", "-c", "sleep 60 & wait"])  # as vLLM's engine has a worker, which Ray does not see
         return os.getpid(), ray.get_gpu_ids(), os.environ["DS_ACCELERATOR"], str(torch.cuda.current_device())
 
 workers = [Worker.remote() for _ in range(2)]
-for about in ray.get([worker.about.remote() for worker in workers]):
-    print(*about)
+for info in ray.get([worker.info.remote() for worker in workers]):
+    print(*info)
 print("PIDS", os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True)))
 sys.stdout.flush()
 os.kill(os.getpid(), 15)

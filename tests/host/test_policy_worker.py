@@ -91,11 +91,11 @@ def test_log_probs_are_the_stock_ones_and_the_credit_the_eager_one(tiny, monkeyp
     for row in range(3):
         start = int(mask[row].argmax())
         tokens = actions[row].nonzero().flatten() + 1
-        found = weights_BA[row][actions[row].bool()]
+        credit = weights_BA[row][actions[row].bool()]
         real, positions = ids[row, mask[row].bool()], (tokens - start).tolist()
         expected = eager_credit(model, real, positions, last_only=method == "abc_d2")
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-        assert found[-1] == (1 if row == 2 else 0)  # no step sees the last token
+        torch.testing.assert_close(credit, expected, rtol=0, atol=1e-6)
+        assert credit[-1] == (1 if row == 2 else 0)  # no step sees the last token
 
 
 @pytest.mark.parametrize("shaping", [ShapingConfig("none"), ShapingConfig("abc"), ShapingConfig("abc_d", 0.0)])
@@ -201,9 +201,9 @@ def runs(tiny, tmp_path_factory):
 
 @pytest.mark.parametrize("method", NEEDS)
 def test_a_local_run_gives_the_first_policys_eager_credit(tiny, runs, method):
-    out, said = runs[method]
+    out, output = runs[method]
     log = (out / "run.log").read_text()
-    assert "done: 2 steps" in said and "abc_plugin: policy: attention row of layer 1 of 2" in log
+    assert "done: 2 steps" in output and "abc_plugin: policy: attention row of layer 1 of 2" in log
     assert "abc_plugin: credit arrived: 8 responses" in log
     lines = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1] * 8 + [2] * 8

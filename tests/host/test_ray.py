@@ -203,10 +203,10 @@ def credit_by_sequence(step: list[dict]) -> dict[tuple, float]:
 def test_a_reward_server_gives_the_credit_of_the_model_on_the_cluster(tiny, tmp_path, abc):
     model = ["--reward.model_name_or_path", tiny / "reward_model", "--ds.attn_implementation", "eager"]
     words = [ray_python(), "-m", "abc_plugin", "serve-rm", *model, "--host", "127.0.0.1", "--port", "15791"]
-    said = tmp_path / "server.log"
-    with open(said, "w") as log, subprocess.Popen(words, stdout=log, stderr=log, cwd=CLONE) as server:
+    output = tmp_path / "server.log"
+    with open(output, "w") as log, subprocess.Popen(words, stdout=log, stderr=log, cwd=CLONE) as server:
         try:
-            wait_for(lambda: "serving on" in said.read_text(), server, said)
+            wait_for(lambda: "serving on" in output.read_text(), server, output)
             changes = {"reward.model_name_or_path": None, "reward.remote_url": "http://127.0.0.1:15791/get_reward"}
             changes |= {"critic.model_name_or_path": tiny / "reward_model"}
             finished = run("abc", tiny, tmp_path / "run", reward_shaping="abc", **changes)
@@ -239,8 +239,8 @@ def test_a_rule_that_sends_no_credit_is_told_what_to_use(tiny, tmp_path):
     flags = ray_flags(tiny, tmp_path, **changes, reward_shaping="abc", **{"reward.remote_url": rule})
     finished = run_ray("abc", tmp_path, flags)
     assert finished.status == 1 and not finished.steps
-    [said] = [line for line in finished.log.splitlines() if line.startswith("abc-rlhf: stopped")]
-    assert "reward of sample 0 came without credit" in said and "use --reward_shaping uniform, abc_d or none" in said
+    [output] = [line for line in finished.log.splitlines() if line.startswith("abc-rlhf: stopped")]
+    assert "reward of sample 0 came without credit" in output and "use --reward_shaping uniform, abc_d or none" in output
 
 
 def test_a_killed_worker_is_named_and_the_run_continues_from_its_checkpoint(tiny, tmp_path):
@@ -258,8 +258,8 @@ def test_a_killed_worker_is_named_and_the_run_continues_from_its_checkpoint(tiny
         except BaseException:
             driver.terminate()
             raise
-    [said] = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("abc-rlhf: stopped")]
-    assert status == 1 and "a Ray worker died" in said and "--ckpt.load_enable" in said
+    [output] = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("abc-rlhf: stopped")]
+    assert status == 1 and "a Ray worker died" in output and "--ckpt.load_enable" in output
 
     done = len(list((tmp_path / "records").glob("*.pt")))
     resumed = run_ray("abc", tmp_path, [*flags, "--ckpt.load_enable"])

@@ -44,11 +44,11 @@ def rollout(tokenizer, reward=1.0, **extra_logs):
 
 def spans(*weights):
     """Weights on the words "naïve", "🎬" and "good" of the query."""
-    found, text = [], PROMPT + RESPONSE
+    weighted, text = [], PROMPT + RESPONSE
     for word, weight in zip((" naïve", " 🎬", " good"), weights, strict=True):
         start = text.index(word)
-        found.append([start, start + len(word), weight])
-    return found
+        weighted.append([start, start + len(word), weight])
+    return weighted
 
 
 def maker(tokenizer, monkeypatch, shaping=None):

@@ -81,7 +81,7 @@ def test_health_names_the_layer(server):
 
 def test_bad_input_is_one_line(capsys):
     assert main(["serve-rm", "--reward.model_name_or_path", os.devnull]) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert said[-1].startswith("abc-rlhf: error: the reward model cannot be loaded: ")
+    output = capsys.readouterr().err.strip().splitlines()
+    assert output[-1].startswith("abc-rlhf: error: the reward model cannot be loaded: ")
     with pytest.raises(UserError, match="--shaping.layer 'x'"):
         serve_rm.main(["--shaping.layer", "x"])

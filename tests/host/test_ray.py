@@ -239,8 +239,8 @@ def test_a_rule_that_sends_no_credit_is_told_what_to_use(tiny, tmp_path):
     flags = ray_flags(tiny, tmp_path, **changes, reward_shaping="abc", **{"reward.remote_url": rule})
     finished = run_ray("abc", tmp_path, flags)
     assert finished.status == 1 and not finished.steps
-    [output] = [line for line in finished.log.splitlines() if line.startswith("abc-rlhf: stopped")]
-    assert "reward of sample 0 came without credit" in output and "use --reward_shaping uniform, abc_d or none" in output
+    [error] = [line for line in finished.log.splitlines() if line.startswith("abc-rlhf: stopped")]
+    assert "reward of sample 0 came without credit" in error and "use --reward_shaping uniform, abc_d or none" in error
 
 
 def test_a_killed_worker_is_named_and_the_run_continues_from_its_checkpoint(tiny, tmp_path):

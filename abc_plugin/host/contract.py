@@ -64,34 +64,26 @@ SIGNATURES: dict[str, str | None] = {
 
 # What the local driver, ``abc-rlhf evaluate`` and their checks override and call besides.
 LOCAL_SIGNATURES: dict[str, str | None] = {
-    "cli.train_ppo_ray:ray": None,
     "cli.train_ppo_ray:RayActorGroup": (
         "num_nodes, num_gpus_per_node, ray_actor_type, pg, num_gpus_per_actor, duplicate_actors, resources, "
         "num_resources_per_node"
     ),
-    "trainer.ray.launcher:tqdm": None,
     "trainer.ray.launcher:BaseDistributedActor.__init__": "self, world_size, rank, master_addr, master_port",
     "trainer.ray.launcher:BaseModelActor.execute_batch": "self, method_name, all_data, start_idx, end_idx",
     "trainer.ray.launcher:ReferenceModelActor.init_model_from_pretrained": "self, strategy, pretrain",
     "trainer.ray.launcher:ReferenceModelActor.forward": (
         "self, sequences, action_mask, attention_mask, return_output, packed_seq_lens, mm_train_inputs_list"
     ),
-    "trainer.ray.ppo_actor:tqdm": None,
     "trainer.ray.ppo_actor:ActorPPOTrainer": "strategy, actor, ...",
-    "trainer.ray.ppo_critic:tqdm": None,
-    "trainer.ppo_trainer:ray": None,
-    "trainer.ppo_trainer:tqdm": None,
     "trainer.ppo_trainer:BasePPOTrainer.broadcast_to_vllm": "self",
     "trainer.ppo_trainer:BasePPOTrainer.init_checkpoint_states": "self",
     "trainer.ppo_trainer:BasePPOTrainer.save_logs_and_checkpoints": "self, global_step, logs_dict, client_states",
     "trainer.ppo_trainer:PPOTrainer.fit": "self, global_step",
-    "trainer.ppo_utils.experience_maker:ray": None,
     "trainer.ppo_utils.samples_generator:_collect_prompt_batch": "dataloader_iter, num_prompts",
     "trainer.ppo_utils.samples_generator:SamplesGenerator.generate_samples": "self, **generate_kwargs",
     "trainer.ppo_utils.samples_generator:SamplesGenerator._generate_vllm": (
         "self, dataloader_iter, num_prompts, dynamic_filtering, **generate_kwargs"
     ),
-    "utils.deepspeed.deepspeed:init_device_mesh": None,
     "utils.deepspeed:DeepspeedStrategy": (
         "seed, full_determinism, max_norm, micro_train_batch_size, train_batch_size, zero_stage, args"
     ),
@@ -106,10 +98,8 @@ LOCAL_SIGNATURES: dict[str, str | None] = {
     "utils.deepspeed:DeepspeedStrategy.prepare": "self, *args",
     "utils.deepspeed:DeepspeedStrategy.save_model": "self, model, tokenizer, output_dir, **kwargs",
     "utils.deepspeed:DeepspeedStrategy._unwrap_model": "self, model",
-    "datasets.prompts_dataset:tqdm": None,
     "datasets.prompts_dataset:PromptDataset": "dataset, tokenizer, strategy, input_template",
     "datasets.utils:blending_datasets": "datasets, probabilities, strategy, seed, max_count, ...",
-    "models.model:LoraConfig": None,
     "models.model:_get_critic_model": "base_pretrained_model, base_llm_model, value_head_prefix, packing_samples",
     "models.model:get_llm_for_sequence_regression": "model_name_or_path, model_type, ...",
     "models.actor:Actor": "pretrain_or_model, ...",

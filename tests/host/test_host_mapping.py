@@ -94,7 +94,7 @@ def test_the_worker_scores_the_text_in_its_own_tokens(other, tmp_path, monkeypat
     assert row_BS.shape == ids.shape and info["credit_moved"] == 0.0 and info["reward_truncated"] == 0.0
     uniform = worker(other, monkeypatch, ShapingConfig("uniform", tokenizer_check="map"), extra=extra)
     scored = uniform.forward(ids, mask, action_mask=action_mask, prompts=["The film"])
-    torch.testing.assert_close(scored.reward_B, expected_B)
+    torch.testing.assert_close(scored.output, expected_B)
     assert scored.evidence == [{}]
 
 

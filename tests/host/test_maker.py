@@ -191,11 +191,58 @@ def test_a_host_that_skips_or_repeats_a_reward_stops_the_run(monkeypatch):
         maker.compute_advantages_and_returns([same, copy.copy(same)])
 
 
-def test_nan_reward_stops_the_run():
+def test_a_reward_or_a_penalty_that_is_no_number_stops_the_run():
+    for field, message in (("rewards", "the reward"), ("kl", r"the KL penalty \(the policy .* diverged\)")):
+        experiences = batch()
+        getattr(experiences[0], field)[0] = float("nan")
+        with pytest.raises(CreditError, match=rf"{message} of sample 0 is NaN or infinite \(1 in its batch\)"):
+            make(CreditExperienceMaker, ShapingConfig("abc")).compute_advantages_and_returns(experiences)
+
+
+class Watching:
+    """A recorder that keeps what it is told."""
+
+    due = True
+
+    def record(self, experiences, parts):
+        self.parts = parts
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_final_reward_and_penalty_add_up_to_what_the_host_passed(monkeypatch, estimator):
+    """Also with ``none``, whose host gets its own tensor back."""
+    maker = make(CreditExperienceMaker, ShapingConfig("none"), *flags(estimator), "--reward.clip_range", "-2", "2")
+    maker.recorder, passed = Watching(), []
+    for name, position in (("get_advantages_and_returns", 1), ("get_cumulative_returns", 0)):
+        monkeypatch.setattr(
+            CreditExperienceMaker, name, noting(getattr(CreditExperienceMaker, name), position, passed)
+        )
+        monkeypatch.setattr(
+            RemoteExperienceMaker, name, noting(getattr(RemoteExperienceMaker, name), position, passed)
+        )
     experiences = batch()
-    experiences[0].rewards[0] = float("nan")
-    with pytest.raises(CreditError, match=r"the reward of sample 0 is NaN or infinite \(1 in its batch\)"):
-        make(CreditExperienceMaker, ShapingConfig("abc")).compute_advantages_and_returns(experiences)
+    maker.compute_advantages_and_returns(experiences)
+    assert len(passed) == 4 and all(passed[i] is passed[i + 1] for i in (0, 2))
+    for experience, part, reward_BA in zip(experiences, maker._parts, passed[::2], strict=True):
+        acts_B = experience.action_mask.any(1)
+        together_BA = part.shaped_BA.double() + part.penalty_BA.double()
+        torch.testing.assert_close(together_BA.float()[acts_B], reward_BA[acts_B], rtol=2e-7, atol=0)  # one ulp
+        assert (part.shaped_BA.abs() <= 2 + 1e-6).all() and (part.shaped_BA != 0).sum() <= acts_B.sum()
+        assert (part.value_BA is experience.values) == (estimator == "gae")
+
+
+def noting(method, position, notes):
+    def noted(self, *args):
+        notes.append(args[position])
+        return method(self, *args)
+
+    return noted
+
+
+def test_a_host_whose_reward_is_made_otherwise_stops_the_run(monkeypatch):
+    monkeypatch.setattr("abc_plugin.host.maker.compute_reward", lambda r, coefficient, kl, *_: kl + 1.0)
+    with pytest.raises(CreditError, match="is not the final reward plus the KL penalty"):
+        make(CreditExperienceMaker, ShapingConfig("abc")).compute_advantages_and_returns(batch())
 
 
 def test_credit_is_split_from_the_reward_and_a_reward_without_it_stops_the_run(monkeypatch):

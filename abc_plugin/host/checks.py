@@ -25,6 +25,7 @@ from abc_plugin.text.compare import Side, compare
 READ = 1000  # prompts that both tokenizers read before training
 SCORERS = ("layer", "heads", "recovery", "tokenizer_check", "reward_text")  # settings that only who scores can heed
 ATTENTION = frozenset({"attention", "policy", "policy_last"})
+READ_BY = {"layer": ATTENTION, "recovery": ATTENTION, "heads": frozenset({"attention"})}  # option: needs it concerns
 
 # What needs one graph of the whole reward model on one device: (host's setting, refused value, why).
 NO_GRADIENT = (
@@ -45,7 +46,7 @@ def check_method(args: Namespace, shaping: ShapingConfig, *, remote: str | None 
     """
     method = methods.load(shaping.method)
     if shaping.method == "none" or shaping.beta > 0:
-        _options(shaping, method)
+        _check_options(shaping, method)
     if not shaping.dense:
         return
     name = f"--reward_shaping {shaping.method}"
@@ -60,11 +61,10 @@ def check_method(args: Namespace, shaping: ShapingConfig, *, remote: str | None 
             f"{name} does not work with --algo.advantage.estimator {estimator}: it divides rewards by "
             "their group's deviation, which a prefix's score does not know; use rloo, or --reward_shaping abc"
         )
-    of_scores = sorted(method.needs & {"prefix", "gradient"})
-    if remote and of_scores:
+    if remote and method.needs & {"prefix", "gradient"}:
         raise UserError(
             f"{name} needs the reward model here, and {remote} sends scores and attention only; use abc, or "
-            f"--reward.model_name_or_path"
+            "--reward.model_name_or_path"
         )
     if "prefix" in method.needs and shaping.tokenizer_check == "map":
         raise UserError(
@@ -79,29 +79,25 @@ def check_method(args: Namespace, shaping: ShapingConfig, *, remote: str | None 
             )
 
 
-def _options(shaping: ShapingConfig, method: methods.Method) -> None:
+def _check_options(shaping: ShapingConfig, method: methods.Method) -> None:
     """The plugin's own options against the method."""
     name, default = f"--reward_shaping {shaping.method}", ShapingConfig()
-    wanted = {"layer": ATTENTION, "recovery": ATTENTION, "heads": frozenset({"attention"})}
-    if shaping.method == "none":
-        for option_name in (*wanted, "drop", "entropy_floor", "segment"):
-            if (given := getattr(shaping, option_name)) != getattr(default, option_name):
-                raise UserError(
-                    f"--shaping.{option_name} {given} changes credit, and --reward_shaping none gives none: name a "
-                    "method, such as abc, or leave the option out"
-                )
-        return
-    for option_name, needs in wanted.items():
-        given = getattr(shaping, option_name)
-        if given != getattr(default, option_name) and not needs & method.needs:
-            reads = "no attention" if needs == ATTENTION or not method.needs & ATTENTION else "the policy's attention"
-            raise UserError(f"{name} reads {reads}: leave --shaping.{option_name} {given} out, or use abc")
-    for option_name in ("drop", "entropy_floor"):
-        given = getattr(shaping, option_name)
-        if given != getattr(default, option_name) and method.weights is None:
+    for option in (*READ_BY, "drop", "entropy_floor", "segment"):
+        given = getattr(shaping, option)
+        if given == getattr(default, option):
+            continue
+        if shaping.method == "none":
+            raise UserError(
+                f"--shaping.{option} {given} changes credit, and --reward_shaping none gives none: name a method, such "
+                "as abc, or leave the option out"
+            )
+        if option in READ_BY and not READ_BY[option] & method.needs:
+            reads = "the policy's attention" if ATTENTION & method.needs else "no attention"
+            raise UserError(f"{name} reads {reads}: leave --shaping.{option} {given} out, or use abc")
+        if option in ("drop", "entropy_floor") and method.weights is None:
             raise UserError(
                 f"{name} gives signed credit, not shares of a whole that could be renormalised: leave "
-                f"--shaping.{option_name} {given} out, or use abc"
+                f"--shaping.{option} {given} out, or use abc"
             )
 
 

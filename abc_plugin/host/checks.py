@@ -88,8 +88,8 @@ def _check_options(shaping: ShapingConfig, method: methods.Method) -> None:
             continue
         if shaping.method == "none":
             raise UserError(
-                f"--shaping.{option} {given} changes credit, and --reward_shaping none gives none: name a method, such "
-                "as abc, or leave the option out"
+                f"--shaping.{option} {given} changes credit, and --reward_shaping none gives none: name a "
+                "method, such as abc, or leave the option out"
             )
         if option in READ_BY and not READ_BY[option] & method.needs:
             reads = "the policy's attention" if ATTENTION & method.needs else "no attention"

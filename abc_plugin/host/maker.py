@@ -52,6 +52,7 @@ class CreditExperienceMaker(RemoteExperienceMaker):
         self._received: list[list[EvidenceBatch]] = []  # by group of workers, in the order of the experiences
         self._waiting: list[tuple[Experience, Tensor]] = []  # whose return is still to come, with their scores
         self._parts: list[RewardParts] = []
+        self._spans: dict[int, Tensor] = {}  # credit that came with remote rewards, by sample
 
     @property
     def text_tokenizer(self) -> Any:
@@ -65,7 +66,7 @@ class CreditExperienceMaker(RemoteExperienceMaker):
         Raises CreditError naming the sample.
         """
         _check_rewards(rollout_samples, from_rollout=self.reward_model_group is None)
-        # Spans by sample; what stays in info is logged as a number.
+        # What stays in info is logged as a number.
         self._spans = {i: one.info.pop(CREDIT) for i, one in enumerate(rollout_samples) if CREDIT in one.info}
         experiences = super().make_experience_batch(rollout_samples)
         if self.shaping.dense:

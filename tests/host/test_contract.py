@@ -69,7 +69,7 @@ def test_every_supported_release_has_the_flags_that_the_plugin_reads(releases, r
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOMS / room).glob("*.py"))
     groups = "actor|critic|ref|reward|data|rollout|train|algo|ckpt|ds|vllm|logger"
     settings = set(re.findall(rf"\bargs\.((?:{groups})\.[a-z_0-9.]+[a-z_0-9])", sources))
-    assert len(settings) > 15
+    assert len(settings) > 10
     for directory in releases[3 if room == "local" else 0 :]:
         script = (directory / "openrlhf/cli/train_ppo_ray.py").read_text(encoding="utf-8")
         flags = set(re.findall(r'"--([a-z_0-9.]+)"', script))

@@ -103,7 +103,7 @@ def test_a_worker_that_could_not_start_says_why(text, kind, message):
     died = ray.exceptions.RayActorError()
     died.error_msg = CREATION.format(text)
     with pytest.raises(kind, match=message):
-        raise _cause(died, "--ckpt.load_enable")
+        raise _cause(died)
 
 
 def test_a_worker_that_died_says_how_to_go_on():
@@ -112,11 +112,11 @@ def test_a_worker_that_died_says_how_to_go_on():
         "fit", "traceback", ray.exceptions.RayTaskError("forward", "traceback", died)
     )
     with pytest.raises(
-        WorkerDied, match="a Ray worker died: .* go on from the last checkpoint with --load_checkpoint"
+        WorkerDied, match="a Ray worker died: .* go on from the last checkpoint with --ckpt.load_enable"
     ):
-        raise _cause(wrapped, "--load_checkpoint")
+        raise _cause(wrapped)
     other = ray.exceptions.RayTaskError("fit", "traceback", ValueError("3"))
-    assert _cause(other, "--ckpt.load_enable") is other
+    assert _cause(other) is other
     ours = ray.exceptions.RayTaskError("fit", "traceback", CreditError("lost"))
     with pytest.raises(CreditError, match="lost"):
-        raise _cause(ours, "--ckpt.load_enable")
+        raise _cause(ours)

@@ -19,8 +19,8 @@ from abc_plugin.credit.methods import policy_need
 from abc_plugin.errors import UserError
 from abc_plugin.host import model_files
 from abc_plugin.host.model_files import reward_models
-from abc_plugin.text.check import side
-from abc_plugin.text.compare import Side, compare
+from abc_plugin.text.check import load_tokenizer
+from abc_plugin.text.compare import ModelTokenizer, compare
 
 READ = 1000  # prompts that both tokenizers read before training
 SCORERS = ("layer", "heads", "recovery", "tokenizer_check", "reward_text")  # settings that only who scores can heed
@@ -139,7 +139,7 @@ def check_models(
         others[critic] = flags["critic"]
     ours = _side(args, flags["actor"], policy)
     for path, name in others.items():
-        if differences := compare(ours, _side(args, name, path), prompts).dangerous():
+        if differences := compare(ours, _side(args, name, path), prompts).incompatibilities():
             _other_tokenizer(args, shaping, name, path, differences)
     for path, config in rewards.items():
         check_readers(args, path, config, shaping, runs_here=runs_here)
@@ -206,9 +206,9 @@ def _other_tokenizer(args: Namespace, shaping: ShapingConfig, name: str, path: s
             print(f"abc_plugin: the critic starts from the policy {policy}, whose tokens it reads")
 
 
-def _side(args: Namespace, name: str, path: str) -> Side:
+def _side(args: Namespace, name: str, path: str) -> ModelTokenizer:
     try:
-        return side(path, use_fast=not args.data.disable_fast_tokenizer)
+        return load_tokenizer(path, use_fast=not args.data.disable_fast_tokenizer)
     except UserError as error:
         raise UserError(f"{name} {error}") from None
 

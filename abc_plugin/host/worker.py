@@ -23,7 +23,7 @@ from abc_plugin.credit import methods
 from abc_plugin.credit.methods import policy_need
 from abc_plugin.host.checks import check_models
 from abc_plugin.host.install import undecorated
-from abc_plugin.text.check import side
+from abc_plugin.text.check import load_tokenizer
 from abc_plugin.text.compare import compare
 from abc_plugin.text.mapping import MappedBatch, map_batch
 
@@ -41,8 +41,8 @@ class OwnTokens:
 
     def __init__(self, args: Namespace, reward_model: str) -> None:
         fast = not args.data.disable_fast_tokenizer
-        policy, own = (side(path, use_fast=fast) for path in (args.actor.model_name_or_path, reward_model))
-        self.needed = bool(compare(policy, own).dangerous())
+        policy, own = (load_tokenizer(path, use_fast=fast) for path in (args.actor.model_name_or_path, reward_model))
+        self.needed = bool(compare(policy, own).incompatibilities())
         self.tokenizers = (policy.tokenizer, own.tokenizer)
         config = AutoConfig.from_pretrained(reward_model, trust_remote_code=True)
         self.max_length = min(own.tokenizer.model_max_length, getattr(config, "max_position_embeddings", 10**9))

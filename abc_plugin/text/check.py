@@ -12,13 +12,12 @@ from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from abc_plugin.errors import UserError
-from abc_plugin.text.compare import DANGEROUS, HARMLESS, SAME, Comparison, Side, compare
+from abc_plugin.text.compare import COMPATIBLE, INCOMPATIBLE, SAME, Comparison, ModelTokenizer, compare
 
-COLOURS = {SAME: "green", HARMLESS: "yellow", DANGEROUS: "red"}
-VERDICTS = {
-    SAME: "the same: the same text has the same ids",
-    HARMLESS: "harmless differences only: the same text has the same ids",
-    DANGEROUS: "dangerous differences: ids of the one mean something else to the other",
+VERDICTS = {  # its colour and what it means
+    SAME: ("green", "the same: the same text has the same ids"),
+    COMPATIBLE: ("yellow", "harmless differences only: the same text has the same ids"),
+    INCOMPATIBLE: ("red", "dangerous differences: ids of the one mean something else to the other"),
 }
 
 
@@ -35,17 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report. Returns 0 when training may share ids, 1 when it may not."""
-    policy, reward_model = side(args.policy), side(args.reward_model)
+    policy, reward_model = load_tokenizer(args.policy), load_tokenizer(args.reward_model)
     prompts = read_prompts(args.data, args.input_key, policy.tokenizer) if args.data else []
     result = compare(policy, reward_model, prompts)
     if args.json:
         write_json(args.json, args.policy, args.reward_model, result)
     show(result, Console())
-    return int(result.verdict == DANGEROUS)
+    return int(result.verdict == INCOMPATIBLE)
 
 
-def side(path: str, *, use_fast: bool = True) -> Side:
-    """A model's tokenizer and what its configuration says of embedding rows and ends. Raises UserError naming it."""
+def load_tokenizer(path: str, *, use_fast: bool = True) -> ModelTokenizer:
+    """A model's tokenizer, embedding rows and generation ends. Raises UserError naming a path without a tokenizer."""
     if not Path(path).expanduser().is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise UserError(f"{path}: no such directory")
     try:
@@ -56,15 +55,15 @@ def side(path: str, *, use_fast: bool = True) -> Side:
     if len(tokenizer.get_vocab()) <= len(tokenizer.added_tokens_decoder):
         # transformers makes one from the configuration alone where the files are missing, and only warns.
         raise UserError(f"{path} has no tokenizer files, only a configuration; save its tokenizer beside it")
-    ends = getattr(_optional(GenerationConfig, path), "eos_token_id", None)
-    ends = [ends] if isinstance(ends, int) else ends or []
-    return Side(tokenizer, getattr(_optional(AutoConfig, path), "vocab_size", None), tuple(ends))
+    rows = _configured(AutoConfig, path, "vocab_size")
+    ends = _configured(GenerationConfig, path, "eos_token_id") or []
+    return ModelTokenizer(tokenizer, rows, tuple([ends] if isinstance(ends, int) else ends))
 
 
-def _optional(kind: Any, path: str) -> Any:
-    """A directory may hold a tokenizer alone."""
+def _configured(kind: Any, path: str, name: str) -> Any:
+    """None where a directory holds a tokenizer alone."""
     try:
-        return kind.from_pretrained(path)
+        return getattr(kind.from_pretrained(path), name, None)
     except (OSError, ValueError):
         return None
 
@@ -124,13 +123,14 @@ def show(result: Comparison, console: Console) -> None:
     for title in ("", "part", "finding"):
         table.add_column(title, overflow="fold")
     for part, verdict, words in result.findings:
-        table.add_row(f"[{COLOURS[verdict]}]{verdict}[/]", part, _printable(words))
+        table.add_row(f"[{VERDICTS[verdict][0]}]{verdict}[/]", part, _printable(words))
     console.print(table)
     for text, ours, theirs in result.examples:
         console.print(
             f"\n{_printable(repr(text[:70]))}\n  policy …{ours[:12]}\n  reward …{theirs[:12]}", highlight=False
         )
-    console.print(f"\n[{COLOURS[result.verdict]}]{VERDICTS[result.verdict]}[/]")
+    colour, meaning = VERDICTS[result.verdict]
+    console.print(f"\n[{colour}]{meaning}[/]")
 
 
 def _printable(text: str) -> str:

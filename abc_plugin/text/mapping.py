@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from abc_plugin.errors import UserError
 from abc_plugin.text.spans import Floats, Pairs, pair, token_spans
 
-REPLY = "the-reply-stands-here"  # what a chat template is given in its place
+Messages = list[dict[str, str]]  # turns, as apply_chat_template takes them
+
+REPLY = "the-reply-stands-here"  # what a chat template is given instead
 SURROGATE = re.compile("[\ud800-\udfff]")  # not text: fast tokenizers refuse it
 
 
@@ -32,7 +35,7 @@ class MappedBatch(NamedTuple):
     def to_policy(self, row_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Weights on the reward model's tokens -> (row_BS, moved_share_B), both float64 on the CPU.
 
-        row[b,s] = sum_l row[b,l]·share[b,l,s]                                               (share: ``align.pair``)
+        row[b,s] = sum_l row[b,l]·share[b,l,s]                                               (share: ``spans.pair``)
 
         row_BL: >= 0, as ``AttentionTap`` records it; each row's sum is preserved (a sequence without tokens has none).
         moved_share: of the weight that arrives on the response, the share whose piece has no characters there.
@@ -40,13 +43,10 @@ class MappedBatch(NamedTuple):
         """
         if row_BL.shape != self.input_ids_BL.shape or not torch.isfinite(row_BL).all():
             raise ValueError(f"row of shape {tuple(row_BL.shape)} for {tuple(self.input_ids_BL.shape)}, or not finite")
-        row = row_BL.detach().to("cpu", torch.float64).numpy()
-        out_BS, moved_BS = (np.zeros(self.action_mask_BS.shape) for _ in range(2))
-        for b, (source_P, target_P, share_P, moved_P) in enumerate(self.pairs_B):
-            weight_P = row[b, source_P] * share_P
-            out_BS[b] = np.bincount(target_P, weight_P, minlength=out_BS.shape[1])
-            moved_BS[b] = np.bincount(target_P, weight_P * moved_P, minlength=out_BS.shape[1])
-        action_BS = self.action_mask_BS.numpy()
+        rows = row_BL.detach().to("cpu", torch.float64).numpy()
+        size, action_BS = self.action_mask_BS.shape[1], self.action_mask_BS.numpy()
+        carried = [pairs.carry(row, size) for pairs, row in zip(self.pairs_B, rows, strict=True)]
+        out_BS, moved_BS = (np.stack(part) for part in zip(*carried, strict=True))
         response_B = (out_BS * action_BS).sum(1)
         moved_B = (moved_BS * action_BS).sum(1) / np.where(response_B > 0, response_B, 1.0)
         return torch.from_numpy(out_BS), torch.from_numpy(moved_B)
@@ -61,7 +61,7 @@ def map_batch(
     *,
     max_length: int | None = None,
     special_tokens: bool = False,
-    messages_B: Sequence[list[dict[str, str]]] | None = None,
+    messages_B: Sequence[Messages] | None = None,
 ) -> MappedBatch:
     """Decode the policy's sequences and encode the text for the reward model.
 
@@ -78,42 +78,38 @@ def map_batch(
     Padding is masked, so a reward model without a pad token needs none.
     Raises UserError where a tokenizer cannot be aligned, has no usable chat template, or max_length leaves no room.
     """
-    action_BS = torch.nn.functional.pad(action_mask_BA.bool().cpu(), (1, 0))
-    real_BS = attention_mask_BS.bool().cpu()
-    columns_B = [np.flatnonzero(real) for real in real_BS.numpy()]
-    views = []
-    for b, columns in enumerate(columns_B):
-        ids = sequences_BS[b].cpu()[real_BS[b]].tolist()
-        turns = None if messages_B is None else messages_B[b]
-        views.append(_view(policy, reward_model, ids, action_BS[b].numpy()[columns], turns))
     encoder = _Encoder(reward_model, special_tokens and messages_B is None, max_length)
-    encoded = encoder([view.text for view in views], [view.ended for view in views])
-    pairs_B = []
-    for columns, view, one in zip(columns_B, views, encoded, strict=True):
-        pairs = pair(one.spans_L2, view.targets_S2)
-        pairs_B.append(pairs._replace(target_P=columns[pairs.target_P]))
-    length = max(len(one.ids) for one in encoded)
-    ids_BL = torch.tensor([one.ids + [encoder.padding] * (length - len(one.ids)) for one in encoded])
-    mask_BL = torch.tensor([[1] * len(one.ids) + [0] * (length - len(one.ids)) for one in encoded])
-    return MappedBatch(ids_BL, mask_BL, torch.tensor([one.truncated for one in encoded]), action_BS, pairs_B)
+    action_BS = torch.nn.functional.pad(action_mask_BA.bool().cpu(), (1, 0))
+    ids_B, truncated_B, pairs_B = [], [], []
+    for b, real_S in enumerate(attention_mask_BS.bool().cpu()):
+        turns = None if messages_B is None else messages_B[b]
+        shown = _shown_text(policy, reward_model, sequences_BS[b].cpu()[real_S].tolist(), action_BS[b][real_S], turns)
+        ids, spans_L2, truncated = encoder(shown)
+        pairs = pair(spans_L2, shown.spans_S2)
+        pairs_B.append(pairs._replace(target_P=np.flatnonzero(real_S.numpy())[pairs.target_P]))
+        ids_B.append(torch.tensor(ids))
+        truncated_B.append(truncated)
+    ids_BL = pad_sequence(ids_B, batch_first=True, padding_value=encoder.padding)
+    mask_BL = pad_sequence([torch.ones_like(ids) for ids in ids_B], batch_first=True)
+    return MappedBatch(ids_BL, mask_BL, torch.tensor(truncated_B), action_BS, pairs_B)
 
 
-class _View(NamedTuple):
-    """The text a reward model is shown, and where in it each policy token stands."""
+class _ShownText(NamedTuple):
+    """The text that a reward model is shown, and which of its characters each policy token stands for."""
 
     text: str
-    targets_S2: Floats  # characters of text; [len(text), len(text) + 1) is the place of the end of sequence
+    spans_S2: Floats  # [len(text), len(text) + 1) stands for the end of the sequence
     ended: bool
 
 
-def _view(
-    policy: Any, reward_model: Any, ids: list[int], action_S: np.ndarray, turns: list[dict[str, str]] | None
-) -> _View:
+def _shown_text(
+    policy: Any, reward_model: Any, ids: list[int], action_S: Tensor, turns: Messages | None
+) -> _ShownText:
     ended = bool(ids) and ids[-1] == policy.eos_token_id and bool(action_S[-1])
     text, spans = token_spans(policy, ids[:-1] if ended else ids)
     text, spans_S2, length = SURROGATE.sub("\ufffd", text), spans.numpy(), len(text)
     if turns is not None and action_S.any():
-        first = int(action_S.argmax())
+        first = int(action_S.int().argmax())
         begin = int(spans_S2[first, 0]) if first < len(spans_S2) else length
         text, shift, low, high = _in_template(reward_model, turns, text[begin:], ended)
         spans_S2 = np.clip(spans_S2 - begin + shift, low, high)
@@ -122,21 +118,20 @@ def _view(
         length = high
     if ended:
         spans_S2 = np.append(spans_S2, [[length, len(text) + 1.0]], axis=0)
-    return _View(text, spans_S2, ended)
+    return _ShownText(text, spans_S2, ended)
 
 
-def _in_template(reward_model: Any, turns: list[dict[str, str]], reply: str, ended: bool) -> tuple[str, int, int, int]:
+def _in_template(reward_model: Any, turns: Messages, reply: str, ended: bool) -> tuple[str, int, int, int]:
     """(text, shift, low, high): the reply in the template lies in [low, high), its character c at c + shift."""
+    messages = [*turns, {"role": "assistant", "content": f" {REPLY} "}]
     try:
-        around = reward_model.apply_chat_template(
-            [*turns, {"role": "assistant", "content": f" {REPLY} "}], tokenize=False
-        )
+        around = reward_model.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # templates raise errors of their own for turns that they do not like
         reason = str(error).splitlines()[0]
         raise UserError(f"the reward model's chat template cannot be used: {reason}") from None
     keeps = f" {REPLY} " in around  # most templates strip the reply
-    before, found, after = around.rpartition(f" {REPLY} " if keeps else REPLY)
-    if not found:
+    before, reply_mark, after = around.rpartition(f" {REPLY} " if keeps else REPLY)
+    if not reply_mark:
         raise UserError(
             "the reward model's chat template leaves the assistant's reply out; score it without a template"
         )
@@ -146,48 +141,33 @@ def _in_template(reward_model: Any, turns: list[dict[str, str]], reply: str, end
     return before + shown + (after if ended else ""), low - stripped, low, low + len(shown)
 
 
-class _Encoded(NamedTuple):
-    ids: list[int]
-    spans_L2: Floats
-    truncated: bool
-
-
 class _Encoder:
-    """The reward model's ids of texts, with the characters that each stands for."""
+    """The reward model's ids of a text, with the characters that each stands for."""
 
     def __init__(self, tokenizer: Any, special_tokens: bool, max_length: int | None) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.eos = tokenizer, tokenizer.eos_token_id
         self.max_length = max_length or tokenizer.model_max_length
         self.before, self.after = _added_around(tokenizer) if special_tokens else ([], [])
-        ends = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self.padding = next(index for index in ends if index is not None)
+        self.padding = next(index for index in (tokenizer.pad_token_id, self.eos, 0) if index is not None)
         if self.max_length <= len(self.before) + len(self.after):
             raise UserError(f"the reward model's maximum length {self.max_length} leaves no room for a completion")
 
-    def __call__(self, texts: list[str], ended: list[bool]) -> list[_Encoded]:
-        fast = self.tokenizer.is_fast
-        batch = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_offsets_mapping=fast,
-            verbose=False,
+    def __call__(self, shown: _ShownText) -> tuple[list[int], Floats, bool]:
+        """(ids, spans_L2, whether the front was cut off)."""
+        text, end = shown.text, len(shown.text)
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast, verbose=False
         )
-        offsets = batch["offset_mapping"] if fast else [None] * len(texts)
-        return [self._one(*row) for row in zip(texts, batch["input_ids"], offsets, ended, strict=True)]
-
-    def _one(self, text: str, body: list[int], offsets: list | None, ended: bool) -> _Encoded:
-        eos = self.tokenizer.eos_token_id
-        spans_L2 = piece_spans(self.tokenizer, text, body, offsets)
-        after = self.after
-        if ended and eos is not None and (body + after)[-1:] != [eos]:
-            after = [*after, eos]
+        body, after = encoded["input_ids"], self.after
+        spans_L2 = piece_spans(self.tokenizer, text, body, encoded.get("offset_mapping"))
+        if shown.ended and self.eos is not None and (body + after)[-1:] != [self.eos]:
+            after = [*after, self.eos]
         ids = self.before + body + after or [self.padding]
-        front, end = np.zeros((len(ids) - len(body) - len(after), 2)), [len(text), len(text) + 1.0]
-        spans_L2 = np.concatenate([front, spans_L2, np.tile(end, (len(after), 1))])
+        front = np.zeros((len(ids) - len(body) - len(after), 2))
+        spans_L2 = np.concatenate([front, spans_L2, np.tile([end, end + 1.0], (len(after), 1))])
         cut = max(len(ids) - self.max_length, 0)
         kept = np.r_[: len(self.before), len(self.before) + cut : len(ids)]
-        return _Encoded([ids[index] for index in kept], spans_L2[kept], cut > 0)
+        return [ids[index] for index in kept], spans_L2[kept], cut > 0
 
 
 def piece_spans(tokenizer: Any, text: str, ids: list[int], offsets: list | None) -> Floats:

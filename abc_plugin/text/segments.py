@@ -24,13 +24,11 @@ def segment_ends(kind: str, tokenizer: Any, sequences_BS: Tensor, action_mask_BA
     if kind == "none":
         return None
     mask_BA = action_mask_BA.bool()
-    turn_BA = mask_BA & ~torch.nn.functional.pad(mask_BA[:, 1:], (0, 1))
-    if kind == "turn":
-        return turn_BA
-    ends_BA = turn_BA.clone()
-    for row, acts_A in enumerate(mask_BA):
-        places = acts_A.nonzero().flatten()
-        text, spans = token_spans(tokenizer, sequences_BS[row, 1:][acts_A].tolist())
-        pieces = [text[int(start) : int(end)] for start, end in spans.tolist()]
-        ends_BA[row, places] |= torch.tensor([bool(SENTENCE_END.search(piece)) for piece in pieces], dtype=torch.bool)
+    ends_BA = mask_BA & ~torch.nn.functional.pad(mask_BA[:, 1:], (0, 1))
+    if kind == "sentence":
+        for ends_A, acts_A, ids_A in zip(ends_BA, mask_BA, sequences_BS[:, 1:], strict=True):
+            text, spans_S2 = token_spans(tokenizer, ids_A[acts_A].tolist())
+            pieces = [text[start:end] for start, end in spans_S2.long().tolist()]
+            closes = [SENTENCE_END.search(piece) is not None for piece in pieces]
+            ends_A[acts_A] |= torch.tensor(closes, dtype=torch.bool)
     return ends_BA

@@ -1,16 +1,19 @@
-"""Which characters of the decoded text each token stands for, and weights carried from one set of spans to another.
+"""Which characters of a decoded text each token stands for, and weights carried from one set of spans to another.
 
-Positions count characters of the text. Tokens that hold some of the bytes of one character share it: its k-th byte of
-n ends at k / n of the character. Two tokenizers of bytes thus cut a character at the same numbers.
+Spans count characters of the text. Tokens that hold some of the bytes of one character share it: its k-th byte of n
+ends at k / n of the character, so that two byte-level tokenizers cut a character at the same numbers.
+(`tokenizers.decoders.DecodeStream` gives whole characters only, and nothing for bytes that are no UTF-8.)
+
+Legend: S tokens, L spans that carry weight, P pairs of an overlapping span and token.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from functools import cached_property
+from functools import lru_cache
+from itertools import groupby
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -31,27 +34,24 @@ def token_spans(tokenizer: Any, ids: list[int]) -> tuple[str, Tensor]:
 
     text == tokenizer.decode(ids, skip_special_tokens=False); spans_S2 is float64 on the CPU. Nothing is encoded again,
     so sampled ids, which are seldom those that encoding the text would give, are right. Spans do not decrease and,
-    joined, cover the text. A token that is not seen in the text (an id outside the vocabulary, a leading space that
-    sentencepiece drops, a space that clean_up_tokenization_spaces drops) has an empty span at its place. Bytes that
-    are no UTF-8 are U+FFFD in the text and belong to the tokens that hold them.
+    joined, cover the text. A token that the text does not show (an id outside the vocabulary, a leading space that
+    sentencepiece drops, a space that clean_up_tokenization_spaces drops) has an empty span where it would stand. Bytes
+    that are no UTF-8 are U+FFFD in the text and belong to the tokens that hold them.
 
     tokenizer: of transformers; byte-level BPE, sentencepiece BPE and unigram with or without byte fallback, WordPiece.
     Raises UserError where the tokens, put together by these rules, are not the decoded text; never shifted spans.
     """
-    reader = _READERS.get(tokenizer)
-    if reader is None:
-        reader = _READERS[tokenizer] = _Reader(tokenizer)
     ids = [int(index) for index in ids]
-    pieces = reader.pieces(ids)
+    pieces = _token_bytes(tokenizer).pieces(ids)
     raw = b"".join(pieces)
-    bounds = np.zeros(len(ids) + 1, np.int64)
-    np.cumsum([len(piece) for piece in pieces], out=bounds[1:])
+    bounds = np.cumsum([0, *map(len, pieces)])
     text = tokenizer.decode(ids, skip_special_tokens=False) if ids else ""
-    compared = text.encode("utf-8", "replace").decode()  # as in the pieces, "?" for half of a surrogate pair
-    position = _seen(raw.decode("utf-8", "replace"), compared, _character_positions(raw))
+    shown = text.encode("utf-8", "replace").decode()  # as in the pieces, "?" for half of a surrogate pair
+    position = _without_dropped_spaces(raw.decode("utf-8", "replace"), shown, _character_positions(raw))
     if position is None:
+        name = f"{type(tokenizer).__name__} {getattr(tokenizer, 'name_or_path', '')}".strip()
         raise UserError(
-            f"the tokens of {_name(tokenizer)} cannot be aligned with the text they decode to ({text[:40]!r}…): use a "
+            f"the tokens of {name} cannot be aligned with the text they decode to ({text[:40]!r}…): use a "
             "byte-level, sentencepiece or WordPiece tokenizer in its fast version"
         )
     bound = position[bounds]
@@ -68,8 +68,7 @@ def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
         text, spans_S2 = token_spans(tokenizer, ids)
     except UserError:
         return [tokenizer.decode([index], clean_up_tokenization_spaces=False) for index in ids]
-    bound_S2 = (spans_S2 + EPSILON).floor().long().tolist()
-    return [text[start:end] for start, end in bound_S2]
+    return [text[start:end] for start, end in (spans_S2 + EPSILON).floor().long().tolist()]
 
 
 class Pairs(NamedTuple):
@@ -79,6 +78,13 @@ class Pairs(NamedTuple):
     target_P: NDArray[np.int64]
     share_P: Floats
     moved_P: NDArray[np.bool_]  # the source overlaps no target
+
+    def carry(self, weight_L: Floats, size: int) -> tuple[Floats, Floats]:
+        """(weight_S, moved_S) on ``size`` targets: sum_l weight[l]·share[l,s] over all sources, and over the moved."""
+        weight_P = weight_L[self.source_P] * self.share_P
+        return tuple(
+            np.bincount(self.target_P, part_P, minlength=size) for part_P in (weight_P, weight_P * self.moved_P)
+        )
 
 
 def pair(spans_L2: ArrayLike, token_spans_S2: ArrayLike) -> Pairs:
@@ -101,22 +107,22 @@ def pair(spans_L2: ArrayLike, token_spans_S2: ArrayLike) -> Pairs:
     first = np.searchsorted(targets[:, 1], sources[:, 0], "right")
     count = np.maximum(np.searchsorted(targets[:, 0], sources[:, 1], "left") - first, 0)
     source_P = np.repeat(np.arange(len(sources)), count)
-    target_P = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
+    target_P = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count - first, count)
     length_P = np.minimum(sources[source_P, 1], targets[target_P, 1])
     length_P -= np.maximum(sources[source_P, 0], targets[target_P, 0])
     kept = length_P > EPSILON
     source_P, target_P, length_P = source_P[kept], target_P[kept], length_P[kept]
     total_L = np.bincount(source_P, length_P, minlength=len(sources))
 
-    lone = np.flatnonzero(total_L == 0)
-    full = np.flatnonzero(targets[:, 1] - targets[:, 0] > EPSILON)
-    full = full if len(full) else np.zeros(1, np.int64)
-    before = np.searchsorted(targets[full, 1], sources[lone, 0] + EPSILON, "right") - 1
+    alone = np.flatnonzero(total_L == 0)
+    shown = np.flatnonzero(targets[:, 1] - targets[:, 0] > EPSILON)
+    shown = shown if len(shown) else np.zeros(1, np.int64)
+    before = np.searchsorted(targets[shown, 1], sources[alone, 0] + EPSILON, "right") - 1
     return Pairs(
-        np.concatenate([source_P, lone]),
-        np.concatenate([target_P, full[np.maximum(before, 0)]]),
-        np.concatenate([length_P / total_L[source_P], np.ones(len(lone))]),
-        np.concatenate([np.zeros(len(source_P), bool), np.ones(len(lone), bool)]),
+        np.append(source_P, alone),
+        np.append(target_P, shown[np.maximum(before, 0)]),
+        np.append(length_P / total_L[source_P], np.ones(len(alone))),
+        np.arange(len(source_P) + len(alone)) >= len(source_P),
     )
 
 
@@ -136,94 +142,77 @@ def spread(weight_L: ArrayLike, spans_L2: ArrayLike, token_spans_S2: ArrayLike) 
         raise ValueError(f"weights of shape {weight_L.shape} for {len(spans_L2)} spans, or not finite")
     if weight_L.any() and not len(token_spans_S2):
         raise ValueError("there is weight, but no token to carry it")
-    source_P, target_P, share_P, moved_P = pair(spans_L2, token_spans_S2)
-    weight_P = weight_L[source_P] * share_P
-    total = np.abs(weight_P).sum()
-    moved = np.abs(weight_P[moved_P]).sum() / total if total else 0.0
-    return torch.from_numpy(np.bincount(target_P, weight_P, minlength=len(token_spans_S2))), float(moved)
+    pairs, size = pair(spans_L2, token_spans_S2), len(token_spans_S2)
+    weight_S, _ = pairs.carry(weight_L, size)
+    size_S, moved_S = pairs.carry(np.abs(weight_L), size)
+    return torch.from_numpy(weight_S), float(moved_S.sum() / (size_S.sum() or 1.0))
 
 
-class _Reader(dict[int, bytes]):
-    """id: the bytes it stands for inside a text, looked up once per id."""
+@lru_cache(maxsize=8)
+def _token_bytes(tokenizer: Any) -> _TokenBytes:
+    return _TokenBytes(tokenizer)
+
+
+class _TokenBytes(dict[int, bytes]):
+    """id: the UTF-8 bytes that it adds to a text that goes on to both sides, looked up once per id."""
 
     def __init__(self, tokenizer: Any) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        kinds = _decoder_kinds(backend)
-        self.byte_level = "ByteLevel" in kinds
-        self.byte_fallback = "ByteFallback" in kinds
-        self.is_byte: dict[int, bool] = {}
-        # No reference to the tokenizer itself: this object is a value under it in a weak dictionary.
-        self._token = backend.id_to_token if backend is not None else tokenizer.convert_ids_to_tokens
-        self._join = _joiner(tokenizer, backend)
+        decoder = getattr(backend, "decoder", None)
+        parts = json.loads(decoder.__getstate__()) if decoder else {"decoders": []}
+        kinds = {part["type"] for part in parts.get("decoders", [parts])}
+        self.byte_level, self.byte_fallback = "ByteLevel" in kinds, "ByteFallback" in kinds
+        self.token = backend.id_to_token if backend else tokenizer.convert_ids_to_tokens
+        self.join = decoder.decode if decoder else " ".join if backend else tokenizer.convert_tokens_to_string
+        self.after = self.join(["a", "a"]).removeprefix("a")  # an "a" behind another token
 
     def __missing__(self, index: int) -> bytes:
-        token = self._token(index)
-        byte = BYTE_TOKEN.fullmatch(token or "") if self.byte_fallback else None
-        self.is_byte[index] = byte is not None
+        token = self.token(index)
         if token is None:
-            piece = b""
-        elif byte:
-            piece = bytes([int(byte[1], 16)])
+            self[index] = b""
+        elif self.is_byte(index):
+            self[index] = bytes([int(token[3:5], 16)])
         elif self.byte_level:
-            piece = self._bytes_of(token)
+            self[index] = _byte_level(token)
         else:
-            piece = self._between(token).encode("utf-8", "replace")
-        self[index] = piece
-        return piece
+            joined = self.join(["a", token, "a"]).removeprefix("a").removesuffix(self.after)
+            self[index] = joined.encode("utf-8", "replace")
+        return self[index]
+
+    def is_byte(self, index: int) -> bool:
+        return self.byte_fallback and BYTE_TOKEN.fullmatch(self.token(index) or "") is not None
 
     def pieces(self, ids: list[int]) -> list[bytes]:
         """What each id adds to the text, before the decoder drops spaces."""
-        found = [self[index] for index in ids]
+        pieces = [self[index] for index in ids]
         if self.byte_level:
-            return found
-        first = next((place for place, index in enumerate(ids) if self._token(index) is not None), None)
-        if first is not None and not self.is_byte[ids[first]]:  # decoders treat a text's start otherwise
-            token = self._token(ids[first])
-            found[first] = self._join([token, "a"]).removesuffix(self._after).encode("utf-8", "replace")
-        if self.byte_fallback and not _is_utf8(b"".join(found)):
-            found = _replaced_runs(found, [self.is_byte[index] for index in ids])
-        return found
-
-    def _bytes_of(self, token: str) -> bytes:
-        """A byte-level token's characters are bytes in disguise; one with other characters was added as plain text."""
-        try:
-            return bytes([self._byte_of[character] for character in token])
-        except KeyError:
-            return token.encode()
-
-    @cached_property
-    def _byte_of(self) -> dict[str, int]:
-        from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-        return {character: byte for byte, character in bytes_to_unicode().items()}
-
-    def _between(self, token: str) -> str:
-        """What the token adds to a text that goes on to either side."""
-        return self._join(["a", token, "a"]).removeprefix("a").removesuffix(self._after)
-
-    @cached_property
-    def _after(self) -> str:
-        return self._join(["a", "a"]).removeprefix("a")
+            return pieces
+        first = next((s for s, index in enumerate(ids) if self.token(index) is not None), None)
+        if first is not None and not self.is_byte(ids[first]):  # decoders treat a text's start otherwise
+            begins = self.join([self.token(ids[first]), "a"]).removesuffix(self.after)
+            pieces[first] = begins.encode("utf-8", "replace")
+        if self.byte_fallback and not _is_utf8(b"".join(pieces)):
+            # Byte fallback replaces every byte of a run of byte tokens that is no UTF-8 as a whole.
+            runs = [(byte, [*run]) for byte, run in groupby(range(len(ids)), lambda s: self.is_byte(ids[s]))]
+            for byte, run in runs:
+                if byte and not _is_utf8(b"".join(pieces[s] for s in run)):
+                    pieces[run[0] : run[-1] + 1] = [REPLACEMENT] * len(run)
+        return pieces
 
 
-_READERS: WeakKeyDictionary[Any, _Reader] = WeakKeyDictionary()
+def _byte_level(token: str) -> bytes:
+    """A byte-level token's characters are bytes in disguise; one with other characters was added as plain text."""
+    try:
+        return bytes(_bytes_by_character()[character] for character in token)
+    except KeyError:
+        return token.encode()
 
 
-def _decoder_kinds(backend: Any) -> set[str]:
-    if backend is None or backend.decoder is None:
-        return set()
-    decoder = json.loads(backend.decoder.__getstate__())
-    return {part["type"] for part in decoder.get("decoders", [decoder])}
+@lru_cache
+def _bytes_by_character() -> dict[str, int]:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # slow to import; only byte-level BPE needs it
 
-
-def _joiner(tokenizer: Any, backend: Any) -> Any:
-    if backend is None:
-        return tokenizer.convert_tokens_to_string
-    return " ".join if backend.decoder is None else backend.decoder.decode
-
-
-def _name(tokenizer: Any) -> str:
-    return f"{type(tokenizer).__name__} {getattr(tokenizer, 'name_or_path', '')}".strip()
+    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def _is_utf8(raw: bytes) -> bool:
@@ -232,19 +221,6 @@ def _is_utf8(raw: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _replaced_runs(pieces: list[bytes], is_byte: list[bool]) -> list[bytes]:
-    """Byte fallback replaces every byte of a run of byte tokens that is no UTF-8 as a whole."""
-    out, start = list(pieces), 0
-    while start < len(out):
-        end = start
-        while end < len(out) and is_byte[end]:
-            end += 1
-        if end > start and not _is_utf8(b"".join(out[start:end])):
-            out[start:end] = [REPLACEMENT] * (end - start)
-        start = end + 1
-    return out
 
 
 def _character_positions(raw: bytes) -> Floats:
@@ -265,28 +241,21 @@ def _character_positions(raw: bytes) -> Floats:
     return np.append(character + within, float(len(first) - 1))
 
 
-def _seen(joined: str, text: str, position: Floats) -> Floats | None:
+def _without_dropped_spaces(joined: str, text: str, position: Floats) -> Floats | None:
     """The positions in ``text``, which may lack spaces of ``joined``; None where it differs in anything else.
 
     Matched from the end: what decoders drop at the start of a text is the first of its spaces.
     """
     if joined == text:
         return position
-    kept = np.ones(len(joined), bool)
-    if joined.endswith(text):
-        kept[: len(joined) - len(text)] = False
-    else:
-        at = len(text)
-        for index in range(len(joined) - 1, -1, -1):
-            if at and joined[index] == text[at - 1]:
-                at -= 1
-            else:
-                kept[index] = False
-        if at:
+    kept, rest = np.zeros(len(joined) + 1, bool), len(text)
+    for index in reversed(range(len(joined))):
+        if rest and joined[index] == text[rest - 1]:
+            kept[index], rest = True, rest - 1
+        elif joined[index] != " ":
             return None
-    if any(joined[index] != " " for index in np.flatnonzero(~kept)):
+    if rest:
         return None
-    before = np.append(0, np.cumsum(kept))
     whole = np.floor(position).astype(np.int64)
-    inside = np.append(kept, False)[whole]
-    return before[whole] + np.where(inside, position - whole, 0.0)
+    before = np.cumsum(kept) - kept
+    return before[whole] + np.where(kept[whole], position - whole, 0.0)

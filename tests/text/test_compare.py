@@ -10,16 +10,15 @@ from tokenizer_zoo import BUILD, Codepoints, load
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from abc_plugin.text import first_difference
-from abc_plugin.text.compare import DANGEROUS, HARMLESS, SAME, Side, _end, _rows, compare
+from abc_plugin.text.compare import COMPATIBLE, INCOMPATIBLE, SAME, ModelTokenizer, _embedding_rows, _end, compare
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "padding_side", "model_max_length", "chat_template")
 
 
 @cache
-def side(name):
+def known(name):
     """Keeps the vocabulary and parts that it has read."""
-    return Side(load(name))
+    return ModelTokenizer(load(name))
 
 
 def mutated(change=lambda parts: None, **roles):
@@ -37,8 +36,8 @@ def findings(verdict, result):
 
 @pytest.mark.parametrize("name", BUILD)
 def test_every_genuine_tokenizer_is_the_same_as_itself(name):
-    result = compare(side(name), Side(load(name)))
-    assert result.verdict == SAME and not result.examples and not result.dangerous()
+    result = compare(known(name), ModelTokenizer(load(name)))
+    assert result.verdict == SAME and not result.examples and not result.incompatibilities()
 
 
 # Each of these was trained on its own: shared strings got their ids by frequency, so vocabulary, merges and texts
@@ -50,8 +49,8 @@ SAME_END = {frozenset(pair) for pair in combinations(("smollm2", "mistral-v1", "
 
 @pytest.mark.parametrize("pair", list(combinations(BUILD, 2)), ids="-".join)
 def test_every_pair_of_genuine_tokenizers_is_dangerous_for_its_reasons(pair):
-    result = compare(*map(side, pair))
-    assert result.verdict == DANGEROUS
+    result = compare(*map(known, pair))
+    assert result.verdict == INCOMPATIBLE
     expected = SHARED.get(frozenset(pair))
     if expected is None:
         expected = {"vocabulary", "pre-tokenizer", "merges", "texts"}
@@ -61,13 +60,8 @@ def test_every_pair_of_genuine_tokenizers_is_dangerous_for_its_reasons(pair):
             expected |= {"normalizer", "model"}
         elif any(name.startswith("mistral") for name in pair):  # byte fallback
             expected |= {"model"}
-    assert set(findings(DANGEROUS, result)) == expected
-    assert len(result.examples) == 5 and "has id" in result.dangerous()[0]
-
-
-def test_first_difference_is_the_gravest_in_words():
-    assert first_difference(load("smollm2"), mutated()) is None
-    assert "' has id " in first_difference(load("smollm2"), load("gpt2"))
+    assert set(findings(INCOMPATIBLE, result)) == expected
+    assert len(result.examples) == 5 and "has id" in result.incompatibilities()[0]
 
 
 def swap(parts):
@@ -129,42 +123,47 @@ def begin(token, index):
 NFC = {"type": "NFC"}
 LOWER = {"type": "Lowercase"}
 MUTATIONS = [
-    # (verdict, the first words about it, change, roles)
+    # (verdict, pattern of its finding, change, roles)
     # The same strings, other ids: credit for one word is read as credit for another.
-    (DANGEROUS, "the token 'Ġ(the|of)' has id .*\\(2 such tokens\\)", swap, {}),
+    (INCOMPATIBLE, "the token 'Ġ(the|of)' has id .*\\(2 such tokens\\)", swap, {}),
     # An id whose string the other does not know.
-    (DANGEROUS, "id 49151 is .* for the policy and 'Ġzzzz' for the reward model", rename, {}),
+    (INCOMPATIBLE, "id 49151 is .* for the policy and 'Ġzzzz' for the reward model", rename, {}),
     # Not an added token: a word that the pieces could make, so texts may be read otherwise.
-    (DANGEROUS, "only the reward model has 'ĠtheĠof'", own_word, {}),
+    (INCOMPATIBLE, "only the reward model has 'ĠtheĠof'", own_word, {}),
     # Rare merges are in none of the texts, but decide ids.
-    (DANGEROUS, "their merges differ: number 48899", lambda parts: parts["model"]["merges"].pop(), {}),
-    (DANGEROUS, "their merges differ: number 20000", lambda parts: parts["model"]["merges"].pop(20000), {}),
-    (DANGEROUS, "their normalizers differ", lambda parts: parts.update(normalizer=LOWER), {}),
-    (DANGEROUS, "their normalizers differ", lambda parts: parts.update(normalizer=NFC), {}),
-    (DANGEROUS, "their pre-tokenizers differ", digits, {}),
-    (DANGEROUS, "their pre-tokenizers differ", prefix_space, {}),
-    (DANGEROUS, "their models differ", lambda parts: parts["model"].update(ignore_merges=True), {}),
+    (INCOMPATIBLE, "their merges differ: number 48899", lambda parts: parts["model"]["merges"].pop(), {}),
+    (INCOMPATIBLE, "their merges differ: number 20000", lambda parts: parts["model"]["merges"].pop(20000), {}),
+    (INCOMPATIBLE, "their normalizers differ", lambda parts: parts.update(normalizer=LOWER), {}),
+    (INCOMPATIBLE, "their normalizers differ", lambda parts: parts.update(normalizer=NFC), {}),
+    (INCOMPATIBLE, "their pre-tokenizers differ", digits, {}),
+    (INCOMPATIBLE, "their pre-tokenizers differ", prefix_space, {}),
+    (INCOMPATIBLE, "their models differ", lambda parts: parts["model"].update(ignore_merges=True), {}),
     # The score is read where a sequence ends.
-    (DANGEROUS, "eos_token_id is 2 .* for the policy and 0", lambda parts: None, {"eos_token": "<|endoftext|>"}),
-    (DANGEROUS, "eos_token_id is 2 .* and none", lambda parts: None, {"eos_token": None}),
-    # The marks of turns are found otherwise, or not at all.
-    (DANGEROUS, "the added token '<\\|im_start\\|>' is not found in text alike", strip, {}),
-    (DANGEROUS, "the added token '<\\|im_start\\|>' is not found in text alike", forget, {"bos_token": None}),
+    (INCOMPATIBLE, "eos_token_id is 2 .* for the policy and 0", lambda parts: None, {"eos_token": "<|endoftext|>"}),
+    (INCOMPATIBLE, "eos_token_id is 2 .* and none", lambda parts: None, {"eos_token": None}),
+    # The marks of turns are matched otherwise, or not at all.
+    (INCOMPATIBLE, "the added token '<\\|im_start\\|>' is not matched in text alike", strip, {}),
+    (INCOMPATIBLE, "the added token '<\\|im_start\\|>' is not matched in text alike", forget, {"bos_token": None}),
     # Reads every text behind another first token.
-    (DANGEROUS, "bos_token_id is 1 .*put before texts", begin("<|endoftext|>", 0), {"bos_token": "<|endoftext|>"}),
+    (INCOMPATIBLE, "bos_token_id is 1 .*put before texts", begin("<|endoftext|>", 0), {"bos_token": "<|endoftext|>"}),
     # OpenRLHF encodes without the tokens around a text.
-    (HARMLESS, "with special tokens 'a' is \\[81\\] .* \\[1, 81\\]", begin("<|im_start|>", 1), {}),
-    (HARMLESS, "bos_token_id is 1 .*put before no text", lambda parts: None, {"bos_token": "<|endoftext|>"}),
+    (COMPATIBLE, "with special tokens 'a' is \\[81\\] .* \\[1, 81\\]", begin("<|im_start|>", 1), {}),
+    (COMPATIBLE, "bos_token_id is 1 .*put before no text", lambda parts: None, {"bos_token": "<|endoftext|>"}),
     # In none of the texts, and the policy cannot write it.
-    (HARMLESS, "only the reward model has '<\\|new\\|>'", extra("<|new|>"), {}),
-    (HARMLESS, "only the reward model has '<think>'", extra("<think>", special=False), {}),
+    (COMPATIBLE, "only the reward model has '<\\|new\\|>'", extra("<|new|>"), {}),
+    (COMPATIBLE, "only the reward model has '<think>'", extra("<think>", special=False), {}),
     # Padding is masked.
-    (HARMLESS, "16 .* for the policy, 2 ", lambda parts: None, {"pad_token": "<|im_end|>"}),
-    (HARMLESS, "for the policy, 49152 \\('\\[PAD\\]'\\)", extra("[PAD]"), {"pad_token": "[PAD]"}),
-    (HARMLESS, "right for the policy, left for the reward model", lambda parts: None, {"padding_side": "left"}),
+    (COMPATIBLE, "16 .* for the policy and 2 ", lambda parts: None, {"pad_token": "<|im_end|>"}),
+    (COMPATIBLE, "for the policy and 49152 \\('\\[PAD\\]'\\)", extra("[PAD]"), {"pad_token": "[PAD]"}),
+    (COMPATIBLE, "right for the policy and left for the reward model", lambda parts: None, {"padding_side": "left"}),
     # Changes prompts of its own, not the policy's ids.
-    (HARMLESS, "the reward model reads prompts as the policy's template", lambda parts: None, {"chat_template": "x"}),
-    (HARMLESS, "8192 for the policy, 512", lambda parts: None, {"model_max_length": 512}),
+    (
+        COMPATIBLE,
+        "the reward model reads prompts as the policy's template",
+        lambda parts: None,
+        {"chat_template": "x"},
+    ),
+    (COMPATIBLE, "8192 for the policy and 512", lambda parts: None, {"model_max_length": 512}),
     (SAME, "", nested, {}),
     (SAME, "", lambda parts: None, {}),
 ]
@@ -172,38 +171,38 @@ MUTATIONS = [
 
 @pytest.mark.parametrize(("verdict", "words", "change", "roles"), MUTATIONS)
 def test_each_mutation_has_its_verdict(verdict, words, change, roles):
-    other = Side(mutated(change, **roles))
-    result = compare(side("smollm2"), other)
-    assert result.verdict == verdict, findings(DANGEROUS, result)
-    assert verdict == SAME or any(re.search(words, found) for found in findings(verdict, result).values())
-    back = compare(other, side("smollm2"))  # who is who does not change the verdict
-    assert back.verdict == verdict, findings(DANGEROUS, back)
+    other = ModelTokenizer(mutated(change, **roles))
+    result = compare(known("smollm2"), other)
+    assert result.verdict == verdict, findings(INCOMPATIBLE, result)
+    assert verdict == SAME or any(re.search(words, finding) for finding in findings(verdict, result).values())
+    back = compare(other, known("smollm2"))  # who is who does not change the verdict
+    assert back.verdict == verdict, findings(INCOMPATIBLE, back)
 
 
-def test_padded_embedding_rows_are_harmless_and_missing_ones_dangerous():
-    ours, wider = load("smollm2"), mutated(extra("<|new|>"))
-
-    def rows(policy, rows_of_policy, rows_of_reward_model):
-        return next(_rows(Side(policy, rows_of_policy), Side(ours, rows_of_reward_model)))
-
-    assert rows(ours, 49152, 49152).verdict == SAME
-    assert rows(ours, 49280, 49152).verdict == HARMLESS
-    assert rows(ours, 49152, 49280).verdict == HARMLESS
-    assert rows(wider, 49153, 49280).verdict == HARMLESS
-    assert rows(wider, 49153, 49152)[1:] == (
-        DANGEROUS,
-        "the policy's id 49152 ('<|new|>') has no row in the reward model's embedding of 49152",
-    )
-    assert not list(_rows(Side(ours), Side(ours)))
+@pytest.mark.parametrize(
+    ("extra_token", "our_rows", "their_rows", "verdict"),
+    [
+        (False, 49152, 49152, SAME),
+        (False, 49280, 49152, COMPATIBLE),
+        (False, 49152, 49280, COMPATIBLE),
+        (True, 49153, 49280, COMPATIBLE),
+        (True, 49153, 49152, INCOMPATIBLE),
+    ],
+)
+def test_padded_embedding_rows_are_harmless_and_missing_ones_dangerous(extra_token, our_rows, their_rows, verdict):
+    policy = mutated(extra("<|new|>")) if extra_token else load("smollm2")
+    result = _embedding_rows(ModelTokenizer(policy, our_rows), ModelTokenizer(load("smollm2"), their_rows))
+    assert result[0] == verdict
+    if verdict == INCOMPATIBLE:
+        assert result[1] == "the policy's id 49152 ('<|new|>') has no row in the reward model's embedding of 49152"
 
 
 def test_the_ids_that_end_a_generation_count():
     def end(*ids):
-        return next(_end(Side(load("smollm2"), ends=ids), side("smollm2")))
+        return _end(ModelTokenizer(load("smollm2"), generation_ends=ids), known("smollm2"))
 
-    assert end(2).verdict == SAME
-    assert end(2, 0).verdict == HARMLESS
-    assert end(0).verdict == DANGEROUS and "generation ends with (0,)" in end(0).words
+    assert (end(2)[0], end(2, 0)[0], end(0)[0]) == (SAME, COMPATIBLE, INCOMPATIBLE)
+    assert "generation ends with (0,)" in end(0)[1]
 
 
 def test_an_end_that_is_also_padding_is_not_masked():
@@ -211,25 +210,28 @@ def test_an_end_that_is_also_padding_is_not_masked():
         parts["added_tokens"][2]["lstrip"] = True
 
     both = {"pad_token": "<|im_end|>"}
-    first = first_difference(mutated(**both), mutated(strip_end, **both))
-    assert "the added token '<|im_end|>' is not found in text alike" in first
+    result = compare(ModelTokenizer(mutated(**both)), ModelTokenizer(mutated(strip_end, **both)))
+    assert "the added token '<|im_end|>' is not matched in text alike" in result.incompatibilities()[0]
 
 
 def test_the_users_own_prompts_decide_over_a_token_that_only_one_has():
-    ours, theirs = side("smollm2"), Side(mutated(extra("<think>", special=False)))
-    assert compare(ours, theirs, ["fine"]).verdict == HARMLESS
+    ours, theirs = known("smollm2"), ModelTokenizer(mutated(extra("<think>", special=False)))
+    assert compare(ours, theirs, ["fine"]).verdict == COMPATIBLE
     result = compare(ours, theirs, ["fine", "so <think> hard"])
-    assert result.verdict == DANGEROUS
+    assert result.verdict == INCOMPATIBLE
     assert result.examples[0].text == "so <think> hard" and 49152 in result.examples[0].reward_model
 
 
 def test_slow_tokenizers_are_compared_by_vocabulary_and_texts():
-    assert compare(Side(Codepoints(eos_token="a")), Side(Codepoints(eos_token="a"))).verdict == SAME
-    assert "eos_token_id is" in first_difference(Codepoints(eos_token="a"), Codepoints(eos_token="b"))
+    assert (
+        compare(ModelTokenizer(Codepoints(eos_token="a")), ModelTokenizer(Codepoints(eos_token="a"))).verdict == SAME
+    )
+    result = compare(ModelTokenizer(Codepoints(eos_token="a")), ModelTokenizer(Codepoints(eos_token="b")))
+    assert "eos_token_id is" in result.incompatibilities()[0]
 
     class Upper(Codepoints):
         def _tokenize(self, text):
             return list(text.upper())
 
-    result = compare(Side(Codepoints(eos_token="a")), Side(Upper(eos_token="a")))
-    assert set(findings(DANGEROUS, result)) == {"texts"} and "pipeline" in findings(HARMLESS, result)
+    result = compare(ModelTokenizer(Codepoints(eos_token="a")), ModelTokenizer(Upper(eos_token="a")))
+    assert set(findings(INCOMPATIBLE, result)) == {"texts"} and "pipeline" in findings(COMPATIBLE, result)

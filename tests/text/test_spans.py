@@ -24,9 +24,9 @@ def spans(name, text):
 
 
 def test_byte_level_tokens_share_a_character_by_bytes():
-    text, found = spans("gpt2", "A 🎬!")
+    text, tokens = spans("gpt2", "A 🎬!")
     assert text == "A 🎬!"
-    assert found == [("A", 0, 1), ("ĠðŁ", 1, 2.5), ("İ", 2.5, 2.75), ("¬", 2.75, 3), ("!", 3, 4)]
+    assert tokens == [("A", 0, 1), ("ĠðŁ", 1, 2.5), ("İ", 2.5, 2.75), ("¬", 2.75, 3), ("!", 3, 4)]
 
 
 def test_a_character_of_several_tokens_is_the_last_ones_text():
@@ -49,13 +49,13 @@ def test_texts_of_tokens_join_to_the_text_without_garbage(name):
 
 
 def test_sentencepiece_drops_the_first_space_and_falls_back_to_bytes():
-    text, found = spans("mistral-v1", "Hi 🎬")
+    text, tokens = spans("mistral-v1", "Hi 🎬")
     assert text == "Hi 🎬"
-    assert found == [("▁Hi", 0, 2), ("▁", 2, 3)] + [
+    assert tokens == [("▁Hi", 0, 2), ("▁", 2, 3)] + [
         (f"<0x{byte:02X}>", 3 + k / 4, 3 + (k + 1) / 4) for k, byte in enumerate("🎬".encode())
     ]
-    text, found = spans("mistral-v1", "🎬")
-    assert found[0] == ("▁", 0, 0)
+    text, tokens = spans("mistral-v1", "🎬")
+    assert tokens[0] == ("▁", 0, 0)
 
 
 def test_sentencepiece_spaces_at_the_start_belong_to_their_own_tokens():

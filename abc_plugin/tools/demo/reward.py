@@ -1,22 +1,25 @@
-"""The reward model: the first layers of SmolLM2, of which the last is trained to tell positive from negative text.
+"""Training and testing a small reward model of reviews; what the three recipes share.
 
-Cheap enough for a laptop: the features of the frozen layers are computed once, and only the last layer, the final norm
-and the head are trained on them, with the label asked for at every position of a text.
+The label is asked for at every position of a text, so that a response that is cut off is scored as well.
+
+Legend: N texts, L tokens of a padded text, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
-from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from abc_plugin.tools.demo.recipe import Recipe
+from abc_plugin.tools.demo.reviews import Corpus, Review, cut_windows
 
 Progress = Callable[[str, float], None]  # what is happening, and the share done in [0, 1]
-CHUNK = 64  # texts in one forward of the frozen layers
+Batch = tuple[Tensor, Tensor, Tensor]  # ids or features (N, L, …), lengths (N,), labels (N,)
+CHUNK = 64  # texts in one forward without gradients
 
 
 def fast_dtype() -> torch.dtype:
@@ -25,44 +28,30 @@ def fast_dtype() -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast, tokens: int | None = None) -> list[list[int]]:
+def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, tokens: int | None = None) -> list[list[int]]:
     """Ids of each text, cut to ``tokens``; nothing is added."""
     return [ids[:tokens] for ids in tokenizer(texts, add_special_tokens=False).input_ids]
 
 
+def labelled(reviews: list[Review], tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[tuple[list[int], int]]:
+    """(ids, label) of training texts. EOS is one more position: a response that stops is scored there."""
+    ids = encode([review.text for review in reviews], tokenizer, tokens)
+    return [(text + [tokenizer.eos_token_id], review.label) for text, review in zip(ids, reviews, strict=True)]
+
+
 def pad_right(texts: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     """Ids (N, L), int64, padded on the right, and the lengths (N,)."""
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True, padding_value=pad)
+    ids = pad_sequence([torch.tensor(text) for text in texts], batch_first=True, padding_value=pad)
     return ids, torch.tensor([len(text) for text in texts])
 
 
-@torch.no_grad()
-def prepare_top(model: LlamaForSequenceClassification) -> None:
-    """Start the final norm and the head afresh: the norm was made for SmolLM2's thirtieth layer."""
-    model.model.norm.weight.fill_(1.0)
-    model.score.weight.zero_()
-
-
-def run_layers(model: LlamaForSequenceClassification, hidden_NLD: Tensor, layers: slice) -> Tensor:
-    """Some of the model's layers on hidden states, without a mask: causal, and padding lies behind every text."""
-    position_L = torch.arange(hidden_NLD.shape[1])[None]
-    rotary = model.model.rotary_emb(hidden_NLD, position_L)
-    for layer in model.model.layers[layers]:
-        hidden_NLD = layer(hidden_NLD, attention_mask=None, position_ids=position_L, position_embeddings=rotary)
-    return hidden_NLD
-
-
-@torch.no_grad()
-def frozen_features(model: LlamaForSequenceClassification, texts: list, recipe: Recipe, report: Progress) -> Iterator:
-    """Batches (features (N, L, D), lengths (N,), labels (N,)) of texts [(ids, label)] of like length."""
-    texts = sorted(texts, key=lambda text: len(text[0]))
-    for start in range(0, len(texts), CHUNK):
-        chunk = texts[start : start + CHUNK]
-        ids_NL, length_N = pad_right([ids for ids, _ in chunk], model.config.pad_token_id)
-        hidden_NLD = run_layers(model, model.model.embed_tokens(ids_NL), slice(0, -1))
-        label_N = torch.tensor([float(label) for _, label in chunk])
-        yield from zip(*(part.split(recipe.batch) for part in (hidden_NLD, length_N, label_N)), strict=True)
-        report("features of the frozen layers", min(1.0, (start + CHUNK) / len(texts)))
+def batches_by_length(pairs: list[tuple[list[int], int]], size: int, pad: int) -> list[Batch]:
+    """Batches of texts of like length, the shortest first."""
+    pairs = sorted(pairs, key=lambda pair: len(pair[0]))
+    return [
+        (*pad_right([ids for ids, _ in rows], pad), torch.tensor([float(label) for _, label in rows]))
+        for rows in (pairs[start : start + size] for start in range(0, len(pairs), size))
+    ]
 
 
 def position_loss(logit_NL: Tensor, length_N: Tensor, label_N: Tensor, first: int) -> Tensor:
@@ -74,36 +63,37 @@ def position_loss(logit_NL: Tensor, length_N: Tensor, label_N: Tensor, first: in
     return ((loss_NL * scored_NL).sum(1) / scored_NL.sum(1)).mean()
 
 
-def train_top(model: LlamaForSequenceClassification, batches: list, recipe: Recipe, report: Progress) -> None:
-    """Train the last layer, the final norm and the head (fp32 weights, products in the fast type)."""
-    body = [*model.model.layers[-1].parameters(), model.model.norm.weight]
-    groups = [
-        {"params": body, "lr": recipe.learning_rate},
-        {"params": [model.score.weight], "lr": recipe.head_learning_rate},
-    ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
-    steps = recipe.epochs * len(batches)
+def train(
+    score: torch.nn.Module,
+    hidden: Callable[[Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    batches: list[Batch],
+    first_scored: int,
+    report: Callable[[float], None],
+) -> None:
+    """One step per batch (fp32 weights, products in the fast type), gradients of the first group clipped at norm 1.
+
+    score: the head.  hidden: a batch's ids or features -> (N, L, D).  No mask is needed: causal, and padding lies
+    behind every text.
+    """
+    steps = len(batches)
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warm, (steps - i) / steps))
-    order = torch.Generator().manual_seed(recipe.seed)
-    rows = [row for _ in range(recipe.epochs) for row in torch.randperm(len(batches), generator=order).tolist()]
-    mixed = fast_dtype() == torch.bfloat16
-    for step, row in enumerate(rows):
-        hidden_NLD, length_N, label_N = batches[row]
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
-            top_NLD = model.model.norm(run_layers(model, hidden_NLD.float(), slice(-1, None)))
-        logit_NL = model.score(top_NLD.float()).squeeze(-1)
+    for step, (inputs, length_N, label_N) in enumerate(batches):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast_dtype() == torch.bfloat16):
+            hidden_NLD = hidden(inputs)
+        logit_NL = score(hidden_NLD.float()).squeeze(-1)
         optimizer.zero_grad()
-        position_loss(logit_NL, length_N, label_N, recipe.first_scored).backward()
-        torch.nn.utils.clip_grad_norm_(body, 1.0)
+        position_loss(logit_NL, length_N, label_N, first_scored).backward()
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
         schedule.step()
         if step % 20 == 0:
-            report("training the reward model's last layer", step / steps)
+            report(step / steps)
 
 
 @torch.no_grad()
-def scores(model: LlamaForSequenceClassification, texts: list[list[int]]) -> Tensor:
+def scores(model: PreTrainedModel, texts: list[list[int]]) -> Tensor:
     """Reward of each text (N,), fp32, read at its last token; in the texts' order."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     score_N = torch.empty(len(texts))
@@ -111,13 +101,40 @@ def scores(model: LlamaForSequenceClassification, texts: list[list[int]]) -> Ten
         rows = order[start : start + CHUNK]
         ids_NL, length_N = pad_right([texts[i] for i in rows], model.config.pad_token_id)
         mask_NL = (torch.arange(ids_NL.shape[1])[None] < length_N[:, None]).long()
-        hidden_NLD = model.model(ids_NL, attention_mask=mask_NL, use_cache=False).last_hidden_state
+        hidden_NLD = model.base_model(ids_NL, attention_mask=mask_NL, use_cache=False).last_hidden_state
         score_N[rows] = model.score(hidden_NLD[torch.arange(len(rows)), length_N - 1]).squeeze(1).float()
     return score_N
 
 
-def accuracy(model: LlamaForSequenceClassification, texts: list[list[int]], labels: list[int]) -> dict[str, float]:
+@torch.no_grad()
+def scale_head(model: PreTrainedModel, score_N: Tensor, deviation: float) -> float:
+    """Multiply the head so that texts that scored ``score_N`` score with this deviation. Returns the factor."""
+    factor = deviation / score_N.std().item()
+    model.score.weight.mul_(factor)
+    return factor
+
+
+def accuracy(model: PreTrainedModel, texts: list[list[int]], labels: list[int]) -> dict[str, float]:
     """Share of texts whose reward has the label's sign, its standard error sqrt(p(1-p)/n), and n."""
     share = ((scores(model, texts) > 0) == torch.tensor(labels).bool()).float().mean().item()
     n = len(labels)
     return {"accuracy": round(share, 4), "standard_error": round((share * (1 - share) / n) ** 0.5, 4), "n": n}
+
+
+def heldout_accuracy(
+    model: PreTrainedModel, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> dict[str, dict[str, float]]:
+    """The accuracy on windows, ends and sentences of held-out reviews, whose front a short model does not see."""
+    reviews = corpus.imdb_heldout
+    ends = [Review(" ".join(review.text.split()[-40:]), review.label) for review in reviews[::2]]
+    tests = {
+        "imdb_windows_of_24_tokens": (cut_windows(reviews, len(reviews), (40, 40), seed), 24),
+        "imdb_last_40_words": (ends, None),
+        "rotten_tomatoes_sentences": (corpus.rotten_heldout, None),
+    }
+    result = {}
+    for name, (tested, tokens) in tests.items():
+        ids = encode([review.text for review in tested], tokenizer, tokens)
+        ids = [text[-tokenizer.model_max_length :] for text in ids]
+        result[name] = accuracy(model, ids, [review.label for review in tested])
+    return result

@@ -1,16 +1,16 @@
-"""The layout of the embedded default with random models of two layers: the whole stack in seconds, for tests."""
+"""The embedded default with random models of two layers: the whole stack in seconds, for tests."""
 
 from __future__ import annotations
 
-import random
+import json
 from pathlib import Path
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-from abc_plugin.tools.demo import layout
-from abc_plugin.tools.demo.sources import read_corpus
-from abc_plugin.tools.demo.texts import cut_prompts
+from abc_plugin.tools.demo.recipe import Recipe
+from abc_plugin.tools.demo.reviews import read_corpus
+from abc_plugin.tools.demo.smollm2 import llama_config, save_model, smollm2_tokenizer, write_prompts
 
 # head_dim 32 rather than 16: vLLM's CPU attention takes no smaller one.
 SHAPE = {
@@ -33,17 +33,14 @@ def make_tiny(out_dir: Path, seed: int = 0) -> Path:
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = layout.smollm2_tokenizer()
+    tokenizer = smollm2_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layout.save_model(LlamaForCausalLM(layout.llama_config(tokenizer, **SHAPE)), tokenizer, out_dir / "policy")
-        reward = layout.reward_model(layout.llama_config(tokenizer, num_labels=1, **SHAPE))
-        torch.nn.init.normal_(reward.score.weight, std=SHAPE["hidden_size"] ** -0.5)
-        layout.save_model(reward, tokenizer, out_dir / "reward_model")
-    corpus = read_corpus(seed, heldout_reviews=1000, heldout_sentences=0)
-    rng = random.Random(seed)
-    heldout = cut_prompts(corpus.imdb_heldout, 16, (4, 8), tokenizer, rng)
-    layout.write_prompts(out_dir / "heldout.jsonl", heldout)
-    layout.write_prompts(out_dir / "prompts.jsonl", cut_prompts(corpus.imdb, 64, (4, 8), tokenizer, rng, heldout))
-    layout.write_card(out_dir / "card.json", {"made": "tiny", "seed": seed})
+        save_model(LlamaForCausalLM(llama_config(tokenizer, **SHAPE)), tokenizer, out_dir / "policy")
+        reward_model = LlamaForSequenceClassification(llama_config(tokenizer, num_labels=1, **SHAPE))
+        torch.nn.init.normal_(reward_model.score.weight, std=SHAPE["hidden_size"] ** -0.5)
+        save_model(reward_model, tokenizer, out_dir / "reward_model")
+    recipe = Recipe(seed=seed, heldout_sentences=0, prompts=64, heldout_prompts=16)
+    write_prompts(out_dir, read_corpus(recipe), tokenizer, recipe)
+    (out_dir / "card.json").write_text(json.dumps({"made": "tiny", "seed": seed}, indent=2) + "\n", encoding="utf-8")
     return out_dir

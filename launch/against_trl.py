@@ -20,7 +20,7 @@ SIDES = ("abc", "trl", "trl_bf16")
 def abc(args: argparse.Namespace, clock: list) -> None:
     """`abc-rlhf local`, with credit."""
     from abc_plugin.host.imports import import_host
-    from abc_plugin.local import driver as local
+    from abc_plugin.local import command
 
     import_host()
     from abc_plugin.local.trainer import LocalPPOTrainer
@@ -51,7 +51,7 @@ def abc(args: argparse.Namespace, clock: list) -> None:
         "ckpt.output_dir": args.out + ".run",
         "reward_shaping": "abc",
     }
-    status = local.main([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+    status = command.main([word for name, value in flags.items() for word in (f"--{name}", str(value))])
     if status:
         raise SystemExit(status)
     print(f"tokens per completion: {sum(lengths) / len(lengths):.1f} of {args.new_tokens}, which TRL always makes")

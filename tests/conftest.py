@@ -3,9 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from local_runs import LocalRuns
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,6 +44,16 @@ def other(tiny, tmp_path_factory) -> Path:
     model.save_pretrained(directory / "reward_model")
     tokenizer_zoo.load("gpt2").save_pretrained(directory / "reward_model")
     return directory
+
+
+@pytest.fixture(scope="session")
+def local_runs() -> Iterator["LocalRuns"]:
+    """Runs `abc-rlhf local` in forks of a process that has imported OpenRLHF."""
+    from local_runs import LocalRuns
+
+    runs = LocalRuns()
+    yield runs
+    runs.close()
 
 
 def run_settings(tiny: Path, out: Path) -> dict[str, object]:

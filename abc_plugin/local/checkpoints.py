@@ -1,4 +1,4 @@
-"""A run's checkpoints on disk: which are complete, which one a run goes on from, which are kept.
+"""A run's checkpoints on disk: which are complete, which one a run resumes from, which are refused, which are kept.
 
 The checkpoint of step N is ``{_actor,_critic}/global_stepN``, as OpenRLHF and DeepSpeed write them, and
 ``complete/global_stepN``: one file per rank with what they leave out (resume.py), and ``manifest.json``. The manifest
@@ -7,6 +7,7 @@ is written last and names every file with its size: without it, or with a file t
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -14,18 +15,34 @@ import re
 import shutil
 import time
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from abc_plugin import __version__
+from abc_plugin.config import ShapingConfig
+from abc_plugin.errors import UserError
+from abc_plugin.local.ranks import current_rank
 
 PARTS = ("_actor", "_critic", "complete")
 TAG = re.compile(r"global_step(\d+)")
 PACKAGES = ("openrlhf", "torch", "transformers", "deepspeed")  # another version of them warns
+
+# Settings that do not shape the curve, by the beginning of their names; all others must be those of the checkpoint.
+MAY_CHANGE = (
+    "ckpt.",
+    "logger.",
+    "vllm.",  # there are no engines
+    "local_rank",
+    "shaping.show_",
+    "local.merge_adapter",
+    "train.num_episodes",  # a run may be made longer or shorter; that the learning rate's schedule changes is printed
+)
 
 
 @dataclass
@@ -33,7 +50,7 @@ class Checkpoints:
     """The checkpoints under ``root`` (``--ckpt.path``) of the run that this process is a rank of.
 
     settings: every setting by its flag.  ranks: number of processes.  manifest: that of the checkpoint which the run
-    goes on from, empty when it starts anew.  again: whether the run was told to go on, so that there may be traces of
+    resumes from, empty when it starts anew.  load: whether the run was told to resume, so that there may be traces of
     it.  started: when the run began, the time between its processes left out.
     """
 
@@ -41,12 +58,12 @@ class Checkpoints:
     settings: dict[str, Any] = field(repr=False)
     ranks: int
     manifest: dict[str, Any] = field(default_factory=dict, repr=False)
-    again: bool = False
+    load: bool = False
     started: float = field(default_factory=time.time)
 
     @property
     def step(self) -> int:
-        """The step that the run goes on from; 0 when it starts anew."""
+        """The step that the run resumes from; 0 when it starts anew."""
         return self.manifest.get("step", 0)
 
     def directory(self, step: int, part: str = "complete") -> Path:
@@ -59,19 +76,19 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps whose checkpoint is complete, the newest first."""
-        return sorted(filter(lambda step: self._manifest(step).exists(), self.present("complete")), reverse=True)
+        return sorted((step for step in self.present("complete") if self._manifest(step).exists()), reverse=True)
 
     def claim(self, run_name: str) -> str:
         """Note, before there is a checkpoint, that the directory is this run's; returns the name it logs under."""
         note = self.root / "complete" / "run.json"
-        if self.again and note.exists():
+        if self.load and note.exists():
             return json.loads(note.read_text(encoding="utf-8"))["run_name"]
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(note, json.dumps({"run_name": run_name}))
+        write_atomically(note, json.dumps({"run_name": run_name}))
         return run_name
 
-    def kept(self) -> str:
-        """What a stopped run can go on from, for people."""
+    def description(self) -> str:
+        """What a stopped run can resume from, for people."""
         steps = ", ".join(map(str, sorted(self.steps())))
         if not steps:
             return "no checkpoint was complete (--ckpt.save_steps sets how often one is saved)"
@@ -96,7 +113,7 @@ class Checkpoints:
         """Once all ranks have written a step's files: write its manifest, then remove what is too old. For rank 0.
 
         Kept are the newest ``max_num`` checkpoints, fewer when they exceed ``max_mem`` GiB, and always this one. Later
-        ones than this, and half-written ones, are of a time that the run does not go on from, and are removed too.
+        ones than this, and half-written ones, are of a time that the run does not resume from, and are removed too.
         """
         files = {str(path.relative_to(self.root)): path.stat().st_size for path in self._files(step)}
         manifest = {
@@ -107,21 +124,21 @@ class Checkpoints:
             "settings": self.settings,
             "files": files,
         }
-        write_whole(self._manifest(step), json.dumps(manifest, indent=1))
-        room, kept = max_mem * 1024**3 - sum(files.values()), [step]
+        write_atomically(self._manifest(step), json.dumps(manifest, indent=1))
+        free, kept = max_mem * 1024**3 - sum(files.values()), [step]
         for older in (other for other in self.steps() if other < step):
-            room -= sum(path.stat().st_size for path in self._files(older))
-            if room < 0 or len(kept) >= max_num:
+            free -= sum(path.stat().st_size for path in self._files(older))
+            if free < 0 or len(kept) >= max_num:
                 break
             kept.append(older)
         for other in self.present(*PARTS) - set(kept):
-            self.remove(other)
+            self._manifest(other).unlink(missing_ok=True)  # first: what a kill leaves is not complete
+            for part in PARTS:
+                shutil.rmtree(self.directory(other, part), ignore_errors=True)
 
-    def remove(self, step: int) -> None:
-        """Delete a step's checkpoint, its manifest first: what a kill leaves of it is not complete."""
-        self._manifest(step).unlink(missing_ok=True)
-        for part in PARTS:
-            shutil.rmtree(self.directory(step, part), ignore_errors=True)
+    def read(self, step: int) -> dict[str, Any]:
+        """The manifest of an undamaged step."""
+        return json.loads(self._manifest(step).read_text(encoding="utf-8"))
 
     def damage(self, step: int) -> str | None:
         """Which file of a complete checkpoint is not as it was written; None when all are."""
@@ -134,13 +151,150 @@ class Checkpoints:
             now = path.stat().st_size if path.exists() else None
             if now != size:
                 return f"{path} {'is missing' if now is None else f'has {now} of {size} bytes'}"
-            if path.suffix == ".pt" and _altered(path):
+            if path.suffix == ".pt" and _is_altered(path):
                 return f"{path} is altered"
         return None
 
-    def read(self, step: int) -> dict[str, Any]:
-        """The manifest of an undamaged step."""
-        return json.loads(self._manifest(step).read_text(encoding="utf-8"))
+    def resume(self) -> None:
+        """Take the newest checkpoint whose files are all there; prints which ones are passed over.
+
+        Raises UserError where all are damaged, and where it was made with other settings.
+        """
+        complete = self.steps()
+        newer = sorted(step for step in self.present(*PARTS) - {*complete} if step > max(complete, default=0))
+        if newer:
+            _print(f"half-written and left unread: the checkpoint of step {', '.join(map(str, newer))}")
+        for step in complete:
+            if (damage := self.damage(step)) is None:
+                self.manifest = self.read(step)
+                self._check_settings()
+                self.started -= self.manifest["seconds"]
+                _print(f"goes on from step {step}, {self.directory(step)}")
+                return
+            _print(f"the checkpoint of step {step} is damaged and left unread: {damage}")
+        if complete:
+            raise UserError(f"no checkpoint in {self.root} is whole: {damage}; give another --ckpt.path to start anew")
+        _print(f"--ckpt.load_enable: no complete checkpoint in {self.root}, the run starts from its first step")
+
+    def _check_settings(self) -> None:
+        """The checkpoint was made with the same settings and as many ranks; other versions are only a warning."""
+        manifest, directory = self.manifest, self.directory(self.step)
+        if manifest["ranks"] != self.ranks:
+            raise UserError(
+                f"{directory} was saved by {manifest['ranks']} ranks and this run has {self.ranks}: the optimiser's "
+                f"state is split among them; start it with {manifest['ranks']}"
+            )
+        then, now = manifest["settings"], self.settings
+        changed = [name for name in then if name in now and then[name] != now[name]]
+        refused = [name for name in changed if not name.removeprefix("--").startswith(MAY_CHANGE)]
+        if refused:
+            differences = ", ".join(f"{name} {then[name]} (now {now[name]})" for name in refused)
+            raise UserError(
+                f"{directory} was made with other settings: {differences}; give them as they were, or another "
+                "--ckpt.path to start anew"
+            )
+        if (name := "--train.num_episodes") in changed:
+            _print(
+                f"{name} was {then[name]} and is {now[name]}: the learning rate follows the new schedule from here on"
+            )
+        for name, version in versions().items():
+            if (before := manifest["versions"].get(name)) != version:
+                _print(
+                    f"WARNING: the checkpoint was made with {name} {before}, this is {version}: the curve may differ "
+                    "from an uninterrupted one"
+                )
+
+
+def prepare(args: Namespace, prompts: Sequence[object]) -> Checkpoints:
+    """Decide, before a model is loaded, where the run starts; sets ``args.ckpt.load_enable`` to whether it resumes.
+
+    A run that resumes keeps its name, so that its curves stay one. Raises UserError when it cannot resume as asked,
+    and when it would write among another run's checkpoints.
+    """
+    load, saves = args.ckpt.load_enable, args.ckpt.save_steps > 0 and not args.ckpt.disable_ds
+    run = Checkpoints(Path(args.ckpt.path), settings_of(args, prompts), current_rank().count, load=load)
+    _check_kind(args, run, saves)
+    if saves:
+        _check_whole_batches(args, len(prompts))
+    if load:
+        run.resume()
+        args.ckpt.load_enable = run.step > 0
+    elif saves and (steps := run.steps()):
+        raise UserError(
+            f"--ckpt.path {run.root} has a run's checkpoints, the last of step {steps[0]}: add --ckpt.load_enable to "
+            "go on from it, or give another directory, or remove this one"
+        )
+    if (saves or run.step) and current_rank().index == 0:
+        args.logger.wandb.run_name = run.claim(args.logger.wandb.run_name)
+    return run
+
+
+def _check_kind(args: Namespace, run: Checkpoints, saves: bool) -> None:
+    """From checkpoints of the kind asked for, or there already, a run can resume to the bit."""
+    options, ours = args.ckpt, (run.root / "complete").is_dir()
+    weights = sorted(run.root.glob("global_step*_hf"), key=lambda path: path.stat().st_mtime)
+    if options.load_enable and (options.disable_ds or (weights and not ours)):
+        remedy = f"--actor.model_name_or_path {weights[-1]} starts from its weights" if weights else "leave it out"
+        raise UserError(
+            f"--ckpt.load_enable cannot go on from {run.root}: --ckpt.disable_ds saves no optimiser; {remedy}"
+        )
+    if not (options.load_enable or saves):
+        return
+    if args.ds.use_universal_ckpt:
+        raise UserError("--ds.use_universal_ckpt: this driver goes on only from checkpoints of its own; leave it out")
+    if args.train.enable_ema:
+        raise UserError(
+            "--train.enable_ema: OpenRLHF's checkpoints lack the averaged weights, so no run can go on from them; "
+            "leave it out, or save weights only with --ckpt.disable_ds --ckpt.save_hf"
+        )
+    if run.present("_actor") and not ours:
+        raise UserError(
+            f"--ckpt.path {run.root} has checkpoints that abc-rlhf local did not write: their data order and random "
+            "numbers are unknown; give another directory"
+        )
+
+
+def _check_whole_batches(args: Namespace, prompts: int) -> None:
+    """No step leaves part of a gradient to the next: the host would, and no checkpoint of DeepSpeed holds it."""
+    train, rollout, ranks = args.train, args.rollout, current_rank().count
+    window = train.batch_size // (train.micro_batch_size * ranks)
+    rest = prompts % rollout.batch_size
+    rollouts = [("a rollout", rollout.batch_size)] if prompts > rest else []
+    if rest and train.num_episodes > 1:  # nothing comes after the last
+        rollouts.append(("the last rollout of an episode", rest))
+    for which, count in rollouts:
+        samples = count * rollout.n_samples_per_prompt
+        if samples // (train.micro_batch_size * ranks) * train.max_epochs % window:
+            whole = count == rest and prompts > rest
+            remedy = f"--data.max_samples {prompts - rest}" if whole else "another --train.batch_size"
+            raise UserError(
+                f"{which} has {samples} completions, no multiple of --train.batch_size {train.batch_size}: OpenRLHF "
+                f"carries the rest's gradient into the next step, but not into a checkpoint; give {remedy}, or leave "
+                "--ckpt.save_steps out"
+            )
+
+
+def flag_values(args: Namespace) -> dict[str, Any]:
+    """Every setting of a run, the host's and the plugin's, by its flag."""
+    ours = {setting.metadata["flag"]: getattr(args.shaping, setting.name) for setting in fields(ShapingConfig)}
+    return {f"--{name}": value for name, value in _flat(args)} | ours
+
+
+def _flat(namespace: Namespace, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in vars(namespace).items():
+        if isinstance(value, SimpleNamespace):  # what the host nests its settings in
+            yield from _flat(value, f"{prefix}{name}.")
+        elif name != "shaping":
+            yield f"{prefix}{name}", value
+
+
+def settings_of(args: Namespace, prompts: Iterable[object]) -> dict[str, Any]:
+    """``flag_values``, as JSON gives them back, and a hash of the prompts."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps(prompt).encode() + b"\n")
+    values = flag_values(args) | {"--data.prompt_dataset (contents)": digest.hexdigest()[:12]}
+    return json.loads(json.dumps(values, default=str))
 
 
 def versions() -> dict[str, str]:
@@ -150,7 +304,7 @@ def versions() -> dict[str, str]:
     return {"abc_plugin": __version__, **installed, "device": device}
 
 
-def _altered(path: Path) -> bool:
+def _is_altered(path: Path) -> bool:
     """Whether the bytes of a file by torch.save do not match its checksums, which torch.load does not compare."""
     try:
         with zipfile.ZipFile(path) as parts:
@@ -159,11 +313,15 @@ def _altered(path: Path) -> bool:
         return True
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that after a kill it is there as a whole or not at all."""
     part = path.with_suffix(".part")
     with open(part, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+
+
+def _print(line: str) -> None:
+    print(f"abc-rlhf local: {line}")

@@ -20,7 +20,7 @@ from openrlhf.models import Actor
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from abc_plugin.attention.layers import pretrained, target_layer
+from abc_plugin.attention.layers import pretrained, skeleton, target_layer
 from abc_plugin.config import ShapingConfig
 from abc_plugin.credit.methods import policy_need
 from abc_plugin.errors import UserError
@@ -55,9 +55,7 @@ def check_settings(args: Namespace, shaping: ShapingConfig) -> None:
 
 
 def _check_attention(config: PretrainedConfig, shaping: ShapingConfig, layers: int) -> None:
-    with torch.device("meta"):
-        policy = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-    index = target_layer(policy, shaping.layer)[1]
+    index = target_layer(skeleton(config, auto=AutoModelForCausalLM), shaping.layer)[1]
     if index < layers - shaping.train_layers:
         raise UserError(
             f"--reward_shaping {shaping.method} reads the policy's layer {index}, which --local.train_layers "
@@ -83,7 +81,7 @@ class FrozenStrategy:
                 self.trunks[-1].share(self.trunks[:-1])
         return super().prepare(*models)
 
-    def forget_states(self) -> None:
+    def drop_states(self) -> None:
         """Drop the kept states: the rollout they belong to is trained."""
         for trunk in self.trunks:
             trunk.states.clear()
@@ -128,22 +126,22 @@ class Trunk:
     frozen layer. A batch whose rows are all known skips the layers; any other is computed and kept. Attention is
     causal and padding is masked, so a row's states depend on nothing else, but for rounding: a kernel may sum in
     another order for another shape of batch. Generation, which keeps keys and values, passes through untouched, and
-    what passed can be kept as well (``keeping``).
+    what passed can be kept as well (``keep_generated``).
     """
 
     def __init__(self, model: PreTrainedModel, count: int) -> None:
         self.frozen = list(layers_of(model)[:-count])
         self.embedding = model.get_input_embeddings()
         self.states: dict[bytes, Tensor] = {}
-        self.rows: list[bytes] | None = None  # of the batch that is in the model; None: do not interfere
+        self.rows: list[bytes] | None = None  # of the batch that is in the model; None: it generates, or has no mask
         self.mask: Tensor | None = None
-        self.known = False  # whether all its rows' states are kept
-        self.passed: list[Tensor] | None = None  # while it generates: the states of each pass
+        self.all_known = False  # whether all its rows' states are kept
+        self.generated: list[Tensor] | None = None  # within ``keep_generated``: the states of each pass
         self.in_tuples = False  # whether a layer returns its states in a tuple, as GPT-J's do
         model.base_model.trunk = self
-        model.base_model.forward = self._entering(model.base_model.forward)  # generation takes hooks off
+        model.base_model.forward = self._identify_rows(model.base_model.forward)  # generation takes hooks off
         for layer in self.frozen:
-            layer.forward = self._skipping(layer.forward, last=layer is self.frozen[-1])
+            layer.forward = self._skip_known(layer.forward, last=layer is self.frozen[-1])
 
     def share(self, others: tuple[Trunk, ...]) -> None:
         """Use the states of the first of ``others`` whose weights are the same."""
@@ -157,32 +155,32 @@ class Trunk:
             a.shape == b.shape and a.equal(b.to(a.device)) for a, b in zip(mine, theirs, strict=True)
         )
 
-    def _entering(self, forward: Any) -> Any:
+    def _identify_rows(self, forward: Any) -> Any:
         """The model's forward, which first learns which rows come: ids and positions under the mask."""
 
         @functools.wraps(forward)
         def run(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.rows, self.mask, self.known = None, kwargs.get("attention_mask"), False
+            self.rows, self.mask, self.all_known = None, kwargs.get("attention_mask"), False
             if self.mask is not None and kwargs.get("past_key_values") is None and not kwargs.get("use_cache"):
                 self.mask = self.mask.bool()
                 positions_BS = kwargs["position_ids"].expand_as(input_ids)
                 both_BS2 = torch.stack([input_ids, positions_BS], -1).cpu()
                 self.rows = [row[kept].numpy().tobytes() for row, kept in zip(both_BS2, self.mask.cpu(), strict=True)]
-                self.known = all(row in self.states for row in self.rows)
+                self.all_known = all(row in self.states for row in self.rows)
             return forward(input_ids, *args, **kwargs)
 
         return run
 
-    def _skipping(self, forward: Any, last: bool) -> Any:
+    def _skip_known(self, forward: Any, last: bool) -> Any:
         def run(hidden_BSD: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self.rows is None:
                 out = forward(hidden_BSD, *args, **kwargs)
                 self.in_tuples = isinstance(out, tuple)
-                if last and self.passed is not None:
-                    self.passed.append(_states(out))
+                if last and self.generated is not None:
+                    self.generated.append(_states(out))
                 return out
-            if self.known:
-                out_BSD = self._known(hidden_BSD) if last else hidden_BSD
+            if self.all_known:
+                out_BSD = self._kept_states(hidden_BSD) if last else hidden_BSD
                 return (out_BSD, None) if self.in_tuples else out_BSD
             with torch.no_grad():
                 out = forward(hidden_BSD, *args, **kwargs)
@@ -195,25 +193,25 @@ class Trunk:
         return run
 
     @contextlib.contextmanager
-    def keeping(self, sequences: list[list[int]], starts: list[int]) -> Iterator[None]:
+    def keep_generated(self, sequences: list[list[int]], starts: list[int]) -> Iterator[None]:
         """Keep the states of what is generated within the block, which also fills the two lists.
 
         sequences: each row's tokens, prompt and response.  starts: how many padding tokens stood before each.
         The last token was drawn and never read, so its states are zeros: no token attends to it, and what would
         follow it is not asked for.
         """
-        self.passed = []
+        self.generated = []
         try:
             yield
-            states_BSD = torch.cat(self.passed, 1)
+            states_BSD = torch.cat(self.generated, 1)
         finally:
-            self.passed = None
+            self.generated = None
         for ids, start, state_SD in zip(sequences, starts, states_BSD, strict=True):
             own_SD = state_SD[start : start + len(ids)]
             key = torch.stack([torch.tensor(ids), torch.arange(len(ids))], -1).numpy().tobytes()
             self.states[key] = nn.functional.pad(own_SD, (0, 0, 0, len(ids) - len(own_SD)))
 
-    def _known(self, hidden_BSD: Tensor) -> Tensor:
+    def _kept_states(self, hidden_BSD: Tensor) -> Tensor:
         """The kept states in this batch's layout; zero where it is padding."""
         out_BSD = torch.zeros_like(hidden_BSD)
         out_BSD[self.mask] = torch.cat([self.states[row] for row in self.rows]).to(out_BSD.dtype)
@@ -224,7 +222,7 @@ def _states(layer_output: Any) -> Tensor:
     return layer_output[0] if isinstance(layer_output, tuple) else layer_output
 
 
-def keeping(model: PreTrainedModel, *rows: list) -> contextlib.AbstractContextManager:
-    """``Trunk.keeping`` of a model whose lower layers are frozen; nothing for another."""
+def keep_generated(model: PreTrainedModel, *rows: list) -> contextlib.AbstractContextManager:
+    """``Trunk.keep_generated`` of a model whose lower layers are frozen; nothing for another."""
     trunk = getattr(model.base_model, "trunk", None)
-    return trunk.keeping(*rows) if trunk else contextlib.nullcontext()
+    return trunk.keep_generated(*rows) if trunk else contextlib.nullcontext()

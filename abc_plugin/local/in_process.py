@@ -6,10 +6,9 @@ import contextlib
 import copy
 import os
 import time
-import types
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from types import SimpleNamespace
 
 import torch
 
@@ -18,6 +17,7 @@ from abc_plugin.host.install import undecorated
 from abc_plugin.local import ranks
 
 SMALLER_MODELS = "--ds.load_in_4bit with --ds.lora.rank 16, or several GPUs with --ds.zero_stage 3"
+SMALLER_ROLLOUTS = "a smaller --rollout.micro_batch_size or --rollout.max_new_tokens"
 # Method of a worker: (what it does, the flags that lower its need of memory).
 MEMORY = {
     "init_model_from_pretrained": ("loading the models", SMALLER_MODELS),
@@ -25,29 +25,18 @@ MEMORY = {
         "gathering the policy's weights to generate, which ZeRO-3 needs on every GPU",
         "--ds.load_in_4bit with --ds.lora.rank 16",
     ),
-    "generate": ("generating", "a smaller --rollout.micro_batch_size or --rollout.max_new_tokens"),
-    "forward": ("scoring the rollout", "a smaller --rollout.micro_batch_size or --rollout.max_new_tokens"),
+    "generate": ("generating", SMALLER_ROLLOUTS),
+    "forward": ("scoring the rollout", SMALLER_ROLLOUTS),
     "fit": (
         "training",
         f"a smaller --train.micro_batch_size, --actor.gradient_checkpointing_enable, or {SMALLER_MODELS}",
     ),
 }
 
-
-class InProcessRay:
-    """Stands in for the name ``ray`` in the host's modules: a value is its own object reference."""
-
-    @staticmethod
-    def is_initialized() -> bool:
-        return True
-
-    @staticmethod
-    def put(value: Any) -> Any:
-        return value
-
-    @staticmethod
-    def get(ref: Any, **_: object) -> Any:
-        return ref
+# Stands in for the name ``ray`` in the host's modules: a value is its own object reference.
+IN_PROCESS_RAY = SimpleNamespace(
+    is_initialized=lambda: True, put=lambda value: value, get=lambda reference, **_options: reference
+)
 
 
 class InProcessClass:
@@ -64,8 +53,8 @@ class InProcessHandle:
     def __init__(self, instance: object) -> None:
         self.instance = instance
 
-    def __getattr__(self, method: str) -> types.SimpleNamespace:
-        return types.SimpleNamespace(remote=getattr(self.instance, method))
+    def __getattr__(self, method: str) -> SimpleNamespace:
+        return SimpleNamespace(remote=getattr(self.instance, method))
 
 
 class InProcessGroup:
@@ -79,14 +68,14 @@ class InProcessGroup:
     """
 
     def __init__(self, _num_nodes: int, _num_gpus_per_node: int, actor_class: type, **_placement: object) -> None:
-        self.place = ranks.place()
+        self.rank = ranks.current_rank()
         self.seconds: Counter[str] = Counter()
         address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-        self.worker = undecorated(actor_class)(self.place.size, self.place.rank, address, port)
-        os.environ["LOCAL_RANK"] = str(self.place.local_rank)  # Ray's workers each see one GPU, and set this to 0
+        self.worker = undecorated(actor_class)(self.rank.count, self.rank.index, address, port)
+        os.environ["LOCAL_RANK"] = str(self.rank.local_index)  # Ray's workers each see one GPU, and set this to 0
 
     def async_init_model_from_pretrained(self, *args: object, **kwargs: object) -> list:
-        with memory_named("init_model_from_pretrained"):
+        with memory_remedy("init_model_from_pretrained"):
             return [self.worker.init_model_from_pretrained(*args, **kwargs)]
 
     def async_save_model(self) -> list:
@@ -100,10 +89,10 @@ class InProcessGroup:
     def async_run_method_batch(self, method_name: str, **batches: list) -> list:
         """Each rank's list of results for its chunk of the batch; chunks are cut as the host cuts them."""
         count = len(next(iter(batches.values())))
-        if count % self.place.size:  # a rank with fewer would leave the others waiting in a collective
-            raise RuntimeError(f"{count} batches of {method_name} for {self.place.size} ranks")
-        chunk = count // self.place.size
-        mine = slice(self.place.rank * chunk, (self.place.rank + 1) * chunk)
+        if count % self.rank.count:  # a rank with fewer would leave the others waiting in a collective
+            raise RuntimeError(f"{count} batches of {method_name} for {self.rank.count} ranks")
+        chunk = count // self.rank.count
+        mine = slice(self.rank.index * chunk, (self.rank.index + 1) * chunk)
         batches = {name: copy.deepcopy(values[mine]) for name, values in batches.items()}
         with self._timed(method_name):
             results = self.worker.execute_batch(method_name, batches, 0, chunk)
@@ -112,18 +101,18 @@ class InProcessGroup:
     @contextlib.contextmanager
     def _timed(self, method_name: str) -> Iterator[None]:
         started = time.perf_counter()
-        with memory_named(method_name):
+        with memory_remedy(method_name):
             yield
         self.seconds[method_name] += time.perf_counter() - started
 
 
 @contextlib.contextmanager
-def memory_named(method_name: str) -> Iterator[None]:
-    """Within the block, running out of memory raises a UserError that says which flags lower the need."""
+def memory_remedy(method_name: str) -> Iterator[None]:
+    """Within the block, running out of memory raises a UserError that names the flags which lower the need."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one; on a CPU it is a plain one
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        doing, remedy = MEMORY.get(method_name, (f"calling {method_name}", "a smaller model"))
-        raise UserError(f"out of memory while {doing}: try {remedy}") from error
+        activity, remedy = MEMORY.get(method_name, (f"calling {method_name}", "a smaller model"))
+        raise UserError(f"out of memory while {activity}: try {remedy}") from error

@@ -1,4 +1,4 @@
-"""Goes on from a checkpoint so that the curve is the one of a run that was never stopped.
+"""Resuming from a checkpoint so that the curve is the one of a run that was never stopped.
 
 OpenRLHF's checkpoints have weights, optimisers and schedulers. Saved beside them, for each rank: the random number
 generators, the order of the prompts, the KL controller, rollouts that wait for the policy, and the steps' figures, by
@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from openrlhf.trainer.ppo_utils.experience import Experience
 from peft import PeftModel
 
 from abc_plugin.errors import UserError
-from abc_plugin.local import ranks
-from abc_plugin.local.randomness import random_state, set_random_state
+from abc_plugin.local.ranks import current_rank, gather
 
 GRAD_NORM = "_global_grad_norm"  # the engine's attribute that DeepSpeed's checkpoints lack
 
@@ -40,6 +41,7 @@ class ResumableStrategy:
         # The host averages the norm over micro-batches, of which those before the first update report the last one.
         state = (client_state or {}) | {GRAD_NORM: model.get_global_grad_norm()}
         save = functools.partial(model.save_checkpoint, exclude_frozen_parameters=self._has_adapter(model))
+        # The host passes the engine no such argument; an adapter's base would be saved with every checkpoint.
         with mock.patch.object(model, "save_checkpoint", save):
             super().save_ckpt(model, save_dir, tag, math.inf, math.inf, state, **kwargs)
 
@@ -56,7 +58,7 @@ class ResumableStrategy:
         return path, states
 
     def _has_adapter(self, model: torch.nn.Module) -> bool:
-        """Whether only an adapter is trained: its base is in no checkpoint, but loaded, and quantised, as at first."""
+        """Whether only an adapter is trained: its base is in no checkpoint, but loaded and quantised as at first."""
         return isinstance(self._unwrap_model(model), PeftModel)
 
 
@@ -71,23 +73,23 @@ class ResumableTrainer:
         if global_step % options.save_steps or options.disable_ds:
             super().save_logs_and_checkpoints(global_step, logs_dict, client_states)
             return
-        rank = ranks.place().rank
+        rank = current_rank().index
         if rank == 0:
             checkpoints.begin(global_step)
         super().save_logs_and_checkpoints(global_step, logs_dict, client_states)
         if self.tensorboard_logger:
             self.tensorboard_logger.writer.flush()
-        ranks.gather(None)  # the directory is there
+        gather(None)  # the directory is there
         torch.save(self._state(client_states), self._state_file(global_step))
-        ranks.gather(None)  # so are all files
+        gather(None)  # so are all files
         if rank == 0:
             checkpoints.finish(global_step, options.max_num, options.max_mem)
 
     def init_checkpoint_states(self) -> dict:
         """Where the host's loop starts; a resumed run is restored here, after everything that draws random numbers."""
         checkpoints = self.args.checkpoints
-        if checkpoints.again:
-            _continue_events(self.tensorboard_logger, checkpoints.step)
+        if checkpoints.load:
+            _drop_later_events(self.tensorboard_logger, checkpoints.step)
         if not checkpoints.step:
             return super().init_checkpoint_states()
         file = self._state_file(checkpoints.step)
@@ -98,10 +100,10 @@ class ResumableTrainer:
         return self._restore(state)
 
     def _state_file(self, step: int) -> str:
-        return str(self.args.checkpoints.directory(step) / f"rank{ranks.place().rank}.pt")
+        return str(self.args.checkpoints.directory(step) / f"rank{current_rank().index}.pt")
 
     def _state(self, client_states: dict) -> dict[str, Any]:
-        """What a rank needs to go on, besides what DeepSpeed saves. Plain values and tensors only."""
+        """What a rank needs to resume, besides what DeepSpeed saves. Plain values and tensors only."""
         generator = self.samples_generator
         order = getattr(self.prompts_dataloader.sampler, "generator", None)
         # The host counts an episode that ended within this step as begun, and would train it once more.
@@ -136,7 +138,28 @@ class ResumableTrainer:
         return trainer | {"data_loader_state_dict": {}}
 
 
-def _continue_events(logger: Any, step: int) -> None:
+def random_state() -> dict[str, Any]:
+    """States of all generators that training draws from in this process, in values that torch.load takes for safe."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Set them to what ``random_state`` returned."""
+    name, keys, *rest = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _drop_later_events(logger: Any, step: int) -> None:
     """Have TensorBoard forget the steps after ``step`` that the stopped run had already logged."""
     if logger:
         directory = logger.writer.log_dir

@@ -19,8 +19,8 @@ from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 from abc_plugin.attention.layers import pretrained
 from abc_plugin.errors import UserError
 from abc_plugin.local import frozen, ranks
-from abc_plugin.local.in_process import memory_named
-from abc_plugin.local.zero3 import gathered
+from abc_plugin.local.in_process import memory_remedy
+from abc_plugin.local.ranks import gather_zero3
 
 
 class Draw(LogitsProcessor):
@@ -63,7 +63,7 @@ def generate(
     As there (host: utils/agent.py): prompts get no special tokens and lose tokens at the front when they leave no room
     for ``max_new_tokens``; at least one token is sampled; the end-of-sequence token belongs to the response.
     Prompts of like length are generated together, at most ``batch_size`` at a time, and shared out among the ranks.
-    What is drawn follows from ``seed`` and the prompt's place in ``prompts`` alone; no global random number is used.
+    What is drawn follows from ``seed`` and the prompt's index in ``prompts`` alone; no global random number is used.
     Returns dicts with observation_tokens (prompt and response ids), action_ranges [(start, end)) and truncated.
     Raises UserError for a prompt without tokens, RuntimeError where the policy's logits are NaN.
     """
@@ -76,43 +76,58 @@ def generate(
     ends = sorted({tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)})
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
     uniform_NT = torch.rand(len(ids), max_new_tokens or max_len, generator=generator, dtype=torch.float64)
-    settings = {
-        "do_sample": False,  # Draw samples
-        "min_new_tokens": 1,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": ends,
-        "use_cache": True,
-        "synced_gpus": False,  # no rank needs another to generate, under ZeRO-3 neither (``whole``)
-    }
-    here, mine = ranks.place(), {}
-    for chosen in _buckets(ids, batch_size, here.size, max_new_tokens is None)[here.rank :: here.size]:
-        draw = Draw(uniform_NT[chosen])
-        batch = tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, padding_side="left", return_tensors="pt")
-        warpers = [TemperatureLogitsWarper(temperature)] if temperature not in (0, 1) else []
-        warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-        # Nothing is taken from the model's own generation_config but its end tokens: the host's engines take no more.
-        width, sequences = batch["input_ids"].shape[1], []
-        with (
-            mock.patch.object(model, "generation_config", GenerationConfig()),
-            frozen.keeping(model, sequences, [width - len(ids[i]) for i in chosen]),
-        ):
-            output = model.generate(
-                **batch.to(model.device),
-                **settings,
-                max_new_tokens=max_new_tokens or max_len - len(ids[chosen[0]]),
-                logits_processor=[*warpers, draw] if temperature else [],
-            )
-            if not draw.usable:
-                raise RuntimeError("the policy's logits are NaN: it has diverged; lower --actor.adam.lr")
-            for i, tokens in zip(chosen, output[:, width:].tolist(), strict=True):
-                mine[i] = _response(ids[i], tokens[: max_len - len(ids[i])], ends)
-                sequences.append(mine[i]["observation_tokens"])
-    everyone = {i: response for share in ranks.gather(mine) for i, response in share.items()}
-    return [everyone[i] for i in range(len(ids))]
+    warpers = [TemperatureLogitsWarper(temperature)] if temperature not in (0, 1) else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    rank, mine = ranks.current_rank(), {}
+    for batch in _batches(ids, batch_size, rank.count, max_new_tokens is None)[rank.index :: rank.count]:
+        prompt_ids, draw = [ids[i] for i in batch], Draw(uniform_NT[batch])
+        processors = [*warpers, draw] if temperature else []
+        limit = max_new_tokens or max_len - len(prompt_ids[0])
+        responses = _generate_batch(model, tokenizer, prompt_ids, processors, ends, limit, max_len)
+        if not draw.usable:
+            raise RuntimeError("the policy's logits are NaN: it has diverged; lower --actor.adam.lr")
+        mine |= zip(batch, responses, strict=True)
+    responses = {i: response for share in ranks.gather(mine) for i, response in share.items()}
+    return [responses[i] for i in range(len(ids))]
 
 
-def _buckets(ids: list[list[int]], batch_size: int, shares: int, by_length: bool = False) -> list[list[int]]:
-    """Indices of prompts by length, cut into as few equal parts as hold at most ``batch_size``, times ``shares``.
+def _generate_batch(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    processors: list[LogitsProcessor],
+    ends: list[int],
+    max_new_tokens: int,
+    max_len: int,
+) -> list[dict]:
+    """``generate`` for prompts that are generated together: token ids in, responses out."""
+    padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    width, sequences = padded["input_ids"].shape[1], []
+    with (
+        # Of the model's own generation_config, which generate would mix in, only the end tokens count: the host's
+        # engines take no more.
+        mock.patch.object(model, "generation_config", GenerationConfig()),
+        frozen.keep_generated(model, sequences, [width - len(prompt) for prompt in prompts]),
+    ):
+        output = model.generate(
+            **padded.to(model.device),
+            do_sample=False,  # Draw samples
+            min_new_tokens=1,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=ends,
+            use_cache=True,
+            synced_gpus=False,  # no rank needs another to generate, under ZeRO-3 neither (``ready_to_generate``)
+            logits_processor=processors,
+        )
+        rows = zip(prompts, output[:, width:].tolist(), strict=True)
+        responses = [_response(prompt, tokens[: max_len - len(prompt)], ends) for prompt, tokens in rows]
+        sequences += [response["observation_tokens"] for response in responses]
+    return responses
+
+
+def _batches(ids: list[list[int]], batch_size: int, ranks: int, by_length: bool = False) -> list[list[int]]:
+    """Indices of prompts by length, cut into as few equal parts of at most ``batch_size`` as all ``ranks`` can share.
 
     by_length: no two lengths in a part. Where only the whole sequence's length is limited, a short prompt's response
     is longer than a long one's may be, and the long one would run past the model's positions.
@@ -121,7 +136,7 @@ def _buckets(ids: list[list[int]], batch_size: int, shares: int, by_length: bool
     if by_length:
         groups = [list(group) for _, group in itertools.groupby(order, key=lambda i: len(ids[i]))]
         return [group[at : at + batch_size] for group in groups for at in range(0, len(group), batch_size)]
-    parts = min(len(ids), shares * -(-len(ids) // (shares * batch_size)))
+    parts = min(len(ids), ranks * -(-len(ids) // (ranks * batch_size)))
     return [part.tolist() for part in np.array_split(order, parts)]
 
 
@@ -156,7 +171,7 @@ def rows_at_once(model: torch.nn.Module, micro_batch_size: int) -> int:
 
 
 @contextlib.contextmanager
-def whole(engine: Any) -> Iterator[torch.nn.Module]:
+def ready_to_generate(engine: Any) -> Iterator[torch.nn.Module]:
     """The transformers model that a DeepSpeed engine trains, as if DeepSpeed were not there, ready to generate.
 
     Adapters stay on. Under ZeRO-3 its weights are gathered once, for the length of the block, and the hooks are off
@@ -167,8 +182,8 @@ def whole(engine: Any) -> Iterator[torch.nn.Module]:
     model.eval()
     hooks = [(part, part._forward_pre_hooks, part._forward_hooks) for part in model.modules()]
     with contextlib.ExitStack() as stack:
-        with memory_named("gather"):
-            stack.enter_context(gathered(model.parameters()))
+        with memory_remedy("gather"):
+            stack.enter_context(gather_zero3(model.parameters()))
         for part, before, after in hooks:
             part._forward_pre_hooks, part._forward_hooks = type(before)(), type(after)()
         # PyTorch copies a frozen head's weight once per row for an input that is a slice, as the prompts' last states.
@@ -200,7 +215,7 @@ class TransformersSamplesGenerator(SamplesGenerator):
             return [], 0, True
         copies = generate_kwargs.get("n_samples_per_prompt", self.args.rollout.n_samples_per_prompt)
         repeat = [i for i in range(len(prompts)) for _ in range(copies)]
-        with memory_named("generate"), whole(self.policy_worker.actor.model) as model:
+        with memory_remedy("generate"), ready_to_generate(self.policy_worker.actor.model) as model:
             responses = generate(
                 model,
                 self.tokenizer,

@@ -8,14 +8,16 @@ from conftest import local_flags, run_python
 
 from abc_plugin import cli
 from abc_plugin.credit import methods
+from abc_plugin.host.imports import import_host
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_trained(monkeypatch):
     """These must fail before training; reaching it fails the test."""
-    from abc_plugin.local import driver as local
+    import_host()
+    from abc_plugin.local import driver
 
-    monkeypatch.setattr(local, "_train", lambda args: pytest.fail("training was started"))
+    monkeypatch.setattr(driver, "_train", lambda args: pytest.fail("training was started"))
 
 
 def output(capsys, words):
@@ -210,9 +212,9 @@ def test_help_shows_both_sets_of_flags(capsys):
 
 
 def test_flags_about_a_cluster_are_ignored_and_named(tiny, tmp_path, capsys, monkeypatch):
-    from abc_plugin.local import driver as local
+    from abc_plugin.local import driver
 
-    monkeypatch.setattr(local, "_train", lambda args: 0)
+    monkeypatch.setattr(driver, "_train", lambda args: 0)
     cluster = ["--vllm.num_engines", "4", "--actor.num_gpus_per_node=8", "--train.colocate_all", "--ds.enable_sleep"]
     assert cli.main(["local", *local_flags(tiny, tmp_path), *cluster]) == 0
     named = "--vllm.num_engines --actor.num_gpus_per_node --train.colocate_all --ds.enable_sleep"

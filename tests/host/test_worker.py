@@ -21,7 +21,7 @@ from abc_plugin.attention.matrix import rerun_eager_row  # noqa: E402
 from abc_plugin.host.arguments import parse  # noqa: E402
 from abc_plugin.host.install import undecorated  # noqa: E402
 from abc_plugin.host.worker import CreditRewardModel  # noqa: E402
-from abc_plugin.local.quantised import plain_weight, quantised_layers  # noqa: E402
+from abc_plugin.local.lora import plain_weight, quantised_layers  # noqa: E402
 
 ONE_RANK = ["--actor.num_gpus_per_node", "1", "--vllm.num_engines", "0", "--rollout.batch_size", "8"]
 

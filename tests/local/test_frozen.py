@@ -1,22 +1,19 @@
 """``--local.train_layers``: only the top is trained, and what the frozen layers make of a completion is made once."""
 
 import copy
-import re
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import local_flags, run_python
-from safetensors.torch import load_file
-from test_driver import scalars
+from conftest import local_flags
+from local_runs import scalars, untimed, weights
 from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConfig, Qwen3Config
 
-from abc_plugin import cli
-from abc_plugin.host import imports as adapt
+from abc_plugin.config import split_flags
+from abc_plugin.errors import UserError
+from abc_plugin.host.imports import import_host
 
-adapt.import_host()
-from abc_plugin.errors import UserError  # noqa: E402
-from abc_plugin.local import frozen  # noqa: E402
+import_host()
+from abc_plugin.local import checks, frozen  # noqa: E402
 
 SMALL = {"vocab_size": 50, "num_hidden_layers": 4, "hidden_size": 16, "num_attention_heads": 2}
 CONFIGS = {
@@ -125,7 +122,7 @@ def test_what_generation_passed_is_kept(name):
     plain, model = model_of(name), model_of(name)
     trunk = frozen.Trunk(model, 2)
     sequences, prompt, mask = [], IDS[:2, :4], MASK[:2, :4]
-    with frozen.keeping(model, sequences, [2, 0]):
+    with frozen.keep_generated(model, sequences, [2, 0]):
         out = model.generate(prompt, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, pad_token_id=0)
         sequences += [out[0, 2:].tolist(), out[1, :7].tolist()]  # the second ended two tokens before the other
     runs = count_runs(model, FIRST[name])
@@ -138,7 +135,7 @@ def test_what_generation_passed_is_kept(name):
     found[0, 8] = wanted[0, 8]  # after the last token, which was drawn and never read
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     assert not runs and len(trunk.states) == 2
-    assert frozen.keeping(plain, [], []).__class__.__name__ == "nullcontext"
+    assert frozen.keep_generated(plain, [], []).__class__.__name__ == "nullcontext"
 
 
 def test_a_model_whose_layers_are_no_list():
@@ -148,50 +145,33 @@ def test_a_model_whose_layers_are_no_list():
         frozen.layers_of(model)
 
 
-UNCACHED = """
-import contextlib
-import sys
-sys.path.insert(0, sys.argv.pop(1))
-from abc_plugin.host.imports import import_host
-import_host()
-from abc_plugin.local import frozen
-if sys.argv.pop(1) == "uncached":
-    frozen.Trunk._skipping = lambda self, forward, last: forward
-    frozen.keeping = lambda *_: contextlib.nullcontext()
-import fp32_run
-sys.exit(fp32_run.main())
-"""
-
-
 @pytest.fixture(scope="module")
-def runs(tiny, tmp_path_factory):
+def runs(tiny, local_runs, tmp_path_factory):
     """The same run with kept states and without, in fp32."""
     outs = {}
-    for kind in ("cached", "uncached"):
-        outs[kind] = tmp_path_factory.mktemp(kind)
+    for variant in ("fp32", "fp32_without_kept_states"):
+        outs[variant] = tmp_path_factory.mktemp(variant)
         changes = {"local.train_layers": 1, "reward_shaping": "abc", "train.max_epochs": 2}
-        words = local_flags(tiny, outs[kind], **changes)
-        result = run_python("-c", UNCACHED, Path(__file__).parents[1] / "support", kind, "local", *words)
-        assert result.returncode == 0, result.stderr[-3000:]
+        local_runs.done(local_flags(tiny, outs[variant], **changes), variant=(variant, None))
     return outs
 
 
 def test_kept_states_change_no_figure_of_a_run(runs):
-    kept, plain = (scalars(runs[kind]) for kind in ("cached", "uncached"))
+    kept, plain = (untimed(scalars(out)) for out in runs.values())
     assert set(kept) == set(plain)
-    for name in set(kept) - {tag for tag in kept if "timing" in tag}:
-        assert kept[name] == pytest.approx(plain[name], rel=1e-4, abs=1e-5), name
-    weights = [load_file(runs[kind] / "model.safetensors") for kind in ("cached", "uncached")]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(value, weights[1][name], rtol=0, atol=2e-5)
+    for name, events in kept.items():
+        assert [value for _, value in events] == pytest.approx([v for _, v in plain[name]], rel=1e-4, abs=1e-5), name
+    kept, plain = (weights(out) for out in runs.values())
+    for name, value in kept.items():
+        torch.testing.assert_close(value, plain[name], rtol=0, atol=2e-5)
 
 
 def test_only_the_top_layer_is_trained(runs, tiny):
-    before, after = load_file(tiny / "policy" / "model.safetensors"), load_file(runs["cached"] / "model.safetensors")
+    before, after = weights(tiny / "policy"), weights(runs["fp32"])
     changed = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
     assert {name for name in before if ".layers.1." in name and "proj" in name} <= changed
     assert all(".layers.1." in name or name == "model.norm.weight" for name in changed)
-    assert "LlamaForCausalLM: the last 1 of 2 layers are trained" in (runs["cached"] / "run.log").read_text()
+    assert "LlamaForCausalLM: the last 1 of 2 layers are trained" in (runs["fp32"] / "run.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -211,8 +191,7 @@ def test_only_the_top_layer_is_trained(runs, tiny):
         ),
     ],
 )
-def test_settings_that_do_not_fit(tiny, tmp_path, capsys, changes, message):
-    assert cli.main(["local", *local_flags(tiny, tmp_path / "out", **changes)]) == 2
-    error = capsys.readouterr().err
-    assert re.search(message, error), error
-    assert not (tmp_path / "out").exists()
+def test_settings_that_do_not_fit(tiny, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        shaping, words = split_flags(local_flags(tiny, tmp_path / "out", **changes))
+        frozen.check_settings(checks.parse_for_one_process(words, shaping)[0], shaping)

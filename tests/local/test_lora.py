@@ -7,14 +7,14 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import local_flags, run_python
+from conftest import as_words, local_flags
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_quantised import NF4, distance
+from test_quantised import distance
 from transformers import AutoModelForCausalLM
 
 from abc_plugin.cli import main
-from abc_plugin.config import ShapingConfig
+from abc_plugin.config import ShapingConfig, split_flags
 from abc_plugin.errors import UserError
 from abc_plugin.host.imports import import_host
 
@@ -22,8 +22,8 @@ import_host()
 
 from abc_plugin.host.checks import preflight  # noqa: E402
 from abc_plugin.host.worker import keep_gradients_exact  # noqa: E402
-from abc_plugin.local.lora_checks import check_targets  # noqa: E402
-from abc_plugin.local.one_process import parse_for_one_process  # noqa: E402
+from abc_plugin.local import checks  # noqa: E402
+from abc_plugin.local.lora import NF4  # noqa: E402
 
 IDS = torch.randint(3, 280, (4, 16), generator=torch.Generator().manual_seed(0))  # the probe's
 COMMON = {"reward_shaping": "abc", "actor.adam.lr": 1e-2, "ds.lora.rank": 4}
@@ -40,16 +40,15 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def runs(tiny, tmp_path_factory):
-    """Per run: its directory, what it said, and what the probe saw."""
+def runs(tiny, local_runs, tmp_path_factory):
+    """Per run: its directory, what it printed, and what the probe saw."""
     done = {}
     for name, changes in RUNS.items():
         out = tmp_path_factory.mktemp(name)
         critic = {"critic.model_name_or_path": tiny / "policy"} if "local.share_base" in changes else {}
         flags = local_flags(tiny, out, **COMMON | changes | critic)
-        result = run_python("tests/support/lora_probe.py", out / "facts.pt", *flags)
-        assert result.returncode == 0, result.stderr[-3000:]
-        done[name] = (out, result, torch.load(out / "facts.pt", weights_only=False))
+        said = local_runs.done(flags, variant=("probed", str(out / "facts.pt")))
+        done[name] = (out, said, torch.load(out / "facts.pt", weights_only=False))
     return done
 
 
@@ -95,7 +94,7 @@ def test_the_reward_models_head_is_not_quantised(runs, tiny):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_plain_transformers_and_peft_load_the_trained_policy(runs, tiny, name, monkeypatch):
-    out, result, facts = runs[name]
+    out, said, facts = runs[name]
     monkeypatch.chdir("/")  # the base's path must not depend on where one stands
     kwargs = {"dtype": torch.bfloat16, "quantization_config": NF4 if name == "qlora" else None}
     base = AutoModelForCausalLM.from_pretrained(tiny / "policy", **kwargs)
@@ -107,16 +106,16 @@ def test_plain_transformers_and_peft_load_the_trained_policy(runs, tiny, name, m
             for buffer in dict(model.named_buffers()).values():
                 buffer.copy_(buffer.bfloat16())
         assert torch.equal(logits(model), facts["logits"])
-    assert f'AutoModelForCausalLM.from_pretrained("{out}", dtype=torch.bfloat16' in result.stdout
-    assert ("load_in_4bit" in result.stdout) == (name == "qlora")
+    assert f'AutoModelForCausalLM.from_pretrained("{out}", dtype=torch.bfloat16' in said
+    assert ("load_in_4bit" in said) == (name == "qlora")
 
 
 def test_the_merged_policy_loads_as_a_plain_model(runs, tiny):
-    out, result, facts = runs["qlora"]
+    out, said, facts = runs["qlora"]
     model = AutoModelForCausalLM.from_pretrained(out / "merged")
     assert model.dtype == torch.bfloat16
     assert not hasattr(model.config, "quantization_config")
-    assert f"merged: {out}/merged" in result.stdout
+    assert f"merged: {out}/merged" in said
     base = AutoModelForCausalLM.from_pretrained(tiny / "policy", dtype=torch.bfloat16)
     assert distance(logits(model), facts["logits"]) < 0.03 < distance(logits(base), facts["logits"])
     assert not (runs["lora"][0] / "merged").exists()
@@ -146,17 +145,14 @@ def test_an_adapter_evaluates(runs, tiny, tmp_path, capsys):
         "reward_shaping": "abc",
         "out": tmp_path / "samples.jsonl",
     }
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    assert main(["evaluate", *words, "--ds.load_in_4bit"]) == 0
+    assert main(["evaluate", *as_words(flags), "--ds.load_in_4bit"]) == 0
     assert "over 16 completions" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_two_ranks_that_split_a_4_bit_base_save_one_policy(tiny, tmp_path):
+def test_two_ranks_that_split_a_4_bit_base_save_one_policy(tiny, local_runs, tmp_path):
     changes = {"ds.load_in_4bit": True, "ds.zero_stage": 3, "local.merge_adapter": True}
-    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "abc_plugin", "local")
-    result = run_python(*ranks, *local_flags(tiny, tmp_path, **COMMON | changes))
-    assert result.returncode == 0, result.stderr[-3000:]
+    local_runs.done(local_flags(tiny, tmp_path, **COMMON | changes), ranks=2)
     adapter = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=NF4)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     base = AutoModelForCausalLM.from_pretrained(tiny / "policy", dtype=torch.bfloat16)
@@ -180,19 +176,20 @@ Q = {"ds.load_in_4bit": True, "ds.lora.rank": 4}
         (Q | {"ds.param_dtype": "fp16"}, "--ds.param_dtype fp16 does not go with --ds.load_in_4bit; use bf16"),
         (Q | {"local.share_base": True}, "is another model than the policy; add --critic.model_name_or_path"),
         (
+            Q | {"local.share_base": True, "ds.zero_stage": 3, "critic.model_name_or_path": True},
+            "--local.share_base does not go with --ds.zero_stage 3, which splits the base; use 2",
+        ),
+        (
             Q | {"local.share_base": True, "algo.advantage.estimator": "reinforce"},
             "there is no critic with --algo.adv",
         ),
     ],
 )
-def test_settings_that_do_not_fit(tiny, tmp_path, capsys, changes, message):
-    assert message in refused(capsys, local_flags(tiny, tmp_path, **changes))
-
-
-def test_share_base_and_zero3(tiny, tmp_path, capsys):
-    changes = Q | {"local.share_base": True, "ds.zero_stage": 3, "critic.model_name_or_path": tiny / "policy"}
-    error = refused(capsys, local_flags(tiny, tmp_path, **changes))
-    assert "--local.share_base does not go with --ds.zero_stage 3, which splits the base; use 2" in error
+def test_settings_that_do_not_fit(tiny, tmp_path, changes, message):
+    if changes.get("critic.model_name_or_path"):
+        changes = changes | {"critic.model_name_or_path": tiny / "policy"}
+    with pytest.raises(UserError, match=re.escape(message)):
+        checks.check_lora(parsed(local_flags(tiny, tmp_path, **changes)))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +207,12 @@ def test_share_base_and_zero3(tiny, tmp_path, capsys):
 def test_targets_that_match_nothing(tiny, tmp_path, targets, message):
     words = [*local_flags(tiny, tmp_path, **{"ds.lora.rank": 4}), "--ds.lora.target_modules", *targets]
     with pytest.raises(UserError, match=re.escape(message)):
-        check_targets(parse_for_one_process(words, ShapingConfig())[0])
+        checks.check_lora_targets(parsed(words))
+
+
+def parsed(words):
+    shaping, words = split_flags(words)
+    return checks.parse_for_one_process(words, shaping)[0]
 
 
 def refused(capsys, words):
@@ -225,7 +227,7 @@ def test_models_that_cannot_be_quantised_or_trained(tiny, tmp_path, capsys, runs
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": NF4.to_dict()}))
     words = local_flags(tiny, tmp_path, **Q | {"actor.model_name_or_path": tmp_path})
     with pytest.raises(UserError, match=f"--actor.model_name_or_path {tmp_path} is quantised already .bitsandbytes.;"):
-        check_targets(parse_for_one_process(words, ShapingConfig())[0])
+        checks.check_lora_targets(parsed(words))
     for model in ("actor", "reward"):
         error = refused(capsys, local_flags(tiny, tmp_path, **{f"{model}.model_name_or_path": runs["lora"][0]}))
         assert f"--{model}.model_name_or_path {runs['lora'][0]} is a LoRA adapter of {tiny / 'policy'}" in error

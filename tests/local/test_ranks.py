@@ -9,21 +9,26 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import as_words, run_python, run_settings
-from processes import spawn
-from test_driver import scalars
+from conftest import as_words, local_flags, run_python, run_settings
+from local_runs import scalars
 from transformers import AutoModelForCausalLM
 
 from abc_plugin import cli
 from abc_plugin.errors import UserError
+from abc_plugin.host.imports import import_host
 from abc_plugin.local import ranks
-from abc_plugin.local.in_process import InProcessGroup
 
-HERE = Path(__file__).parents[1] / "support"
+import_host()
+
+import rank_checks  # noqa: E402
+
+from abc_plugin.local import checks  # noqa: E402
+from abc_plugin.local.in_process import InProcessGroup  # noqa: E402
+
+SUPPORT = Path(__file__).parents[1] / "support"
 LAUNCHED = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501"}
 
 
@@ -36,20 +41,20 @@ def launched(monkeypatch, **variables):
 
 def test_the_place_is_the_launchers_or_that_of_one_process(monkeypatch):
     launched(monkeypatch)
-    assert ranks.place() == (0, 0, 1)
+    assert ranks.current_rank() == (0, 0, 1)
     launched(monkeypatch, WORLD_SIZE="1", RANK="7")  # left over from something else
-    assert ranks.place() == (0, 0, 1)
+    assert ranks.current_rank() == (0, 0, 1)
     launched(monkeypatch, **LAUNCHED)
-    assert ranks.place() == (5, 1, 8)
+    assert ranks.current_rank() == (5, 1, 8)
     launched(monkeypatch, WORLD_SIZE="2", RANK="1")
     with pytest.raises(UserError, match=r"WORLD_SIZE=2, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set: .*torchrun"):
-        ranks.place()
+        ranks.current_rank()
 
 
 def test_one_process_gets_variables_of_its_own_and_leaves_none_behind(monkeypatch):
     launched(monkeypatch)
-    with ranks.joined():
-        assert ranks.place() == (0, 0, 1)
+    with ranks.process_group():
+        assert ranks.current_rank() == (0, 0, 1)
         assert set(ranks.VARIABLES) <= set(os.environ)
     assert not set(ranks.VARIABLES) & set(os.environ)
 
@@ -132,10 +137,10 @@ def settings(rollout=8, micro=4, copies=1, train=8, train_micro=2):
 def test_ranks_share_every_batch_evenly_or_are_refused(monkeypatch, size, prompts, changes, message):
     launched(monkeypatch, **LAUNCHED | {"WORLD_SIZE": str(size), "RANK": "0"})
     if message is None:
-        ranks.check_batches(settings(**changes), prompts)
+        checks.check_batches(settings(**changes), prompts)
         return
     with pytest.raises(UserError) as refused:
-        ranks.check_batches(settings(**changes), prompts)
+        checks.check_batches(settings(**changes), prompts)
     assert message in str(refused.value)
 
 
@@ -146,55 +151,32 @@ def test_evaluation_by_several_processes_is_refused(tiny, tmp_path, capsys, monk
     assert "abc-rlhf evaluate runs in one process, but WORLD_SIZE=8" in capsys.readouterr().err
 
 
-class Worker:
-    """Stands for a worker of the host."""
-
-    def __init__(self, world_size, rank, address, port):
-        self.rank = rank
-        self.seen = []
-        os.environ["LOCAL_RANK"] = "0"  # as the host's does
-
-    def execute_batch(self, method_name, batch, start, end):
-        return [getattr(self, method_name)(item) for item in batch["item"][start:end]]
-
-    def change(self, item):
-        item.append(self.rank)
-        self.seen.append(item)
-        return item
-
-    def own(self, add):
-        return self.rank + add
+@pytest.fixture(scope="module")
+def two_ranks(local_runs, tmp_path_factory):
+    """What each of two ranks saw."""
+    out = tmp_path_factory.mktemp("two")
+    local_runs.done([], ranks=2, variant=("two_ranks", str(out)))
+    return [torch.load(out / f"{rank}.pt") for rank in range(2)]
 
 
-def use_group(rank):
-    """What one of two ranks sees of a group."""
-    os.environ |= LAUNCHED | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    group = InProcessGroup(1, 2, Worker)
-    items = [[number] for number in range(4)]
-    results = group.async_run_method_batch("change", item=items)
-    with pytest.raises(RuntimeError, match="3 batches of change for 2 ranks"):
-        group.async_run_method_batch("change", item=items[:3])
-    return {
-        "results": results,
-        "seen": group.worker.seen,
-        "items": items,
-        "own": group.async_run_method("own", add=10),
-        "local": os.environ["LOCAL_RANK"],
-        "timed": sorted(group.seconds),
-    }
+def test_zero3_weights_are_whole_however_late_each_transfer_ends(two_ranks):
+    for ours, theirs in (saw["whole"] for saw in two_ranks):
+        assert ours == 2 * len(rank_checks.SIZES)
+        assert theirs < ours, "DeepSpeed waits for all of a list's transfers now: they need not be gathered one by one"
 
 
-def test_a_group_shares_out_a_batch_and_every_rank_sees_all_results(tmp_path):
-    for rank, saw in enumerate(spawn(use_group, 2, tmp_path)):
+def test_a_group_shares_out_a_batch_and_every_rank_sees_all_results(two_ranks):
+    for rank, saw in enumerate(two_ranks):
         assert saw["results"] == [[[0, 0], [1, 0]], [[2, 1], [3, 1]]]
         assert saw["seen"] == [[[0, 0], [1, 0]], [[2, 1], [3, 1]]][rank]
         assert saw["items"] == [[0], [1], [2], [3]]  # workers got copies, as from Ray
         assert saw["own"] == [10, 11]
-        assert saw["local"] == str(rank)
+        assert saw["uneven"] == "3 batches of change for 2 ranks"
+        assert saw["local_rank"] == str(rank)
         assert saw["timed"] == ["change", "own"]
 
 
-class Hungry(Worker):
+class Hungry(rank_checks.Worker):
     def forward(self, item):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
@@ -228,14 +210,14 @@ from abc_plugin.local import ranks
 import torch.distributed as dist
 
 def main(argv):
-    with ranks.one_voice() as here:
+    with ranks.only_first_rank_prints() as here:
         print("one voice")
         if argv == ["late"]:
             dist.init_process_group("gloo")
-            ranks.gather(here.rank)
-            if here.rank == 0:
+            ranks.gather(here.index)
+            if here.index == 0:
                 ranks.gather("waits for ever")
-        raise UserError(f"rank {here.rank} has refused")
+        raise UserError(f"rank {here.index} has refused")
 
 cli.OWN_PARSER, cli.COMMANDS = ("fail",), {"fail": ("__main__", "")}
 sys.modules["__main__"].main = main
@@ -251,27 +233,31 @@ def test_an_error_is_told_once_and_ends_every_rank(tmp_path, when, who):
     started = time.time()
     result = run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, script, "fail", when)
     assert result.returncode != 0
-    assert time.time() - started < ranks.PATIENCE
+    assert time.time() - started < ranks.GRACE
     assert result.stdout.count("one voice") == 1
     assert [line for line in result.stderr.splitlines() if "has refused" in line] == [
         f"abc-rlhf: error: rank {who} has refused"
     ]
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fp32_run")
-DEEPSPEED = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "fp32_run")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "run_variants")
+DEEPSPEED = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "run_variants")
 
 
-def train(words, out, tiny, **changes):
-    """A run in float32 of two rollouts, each trained on twice; its standard output."""
+def flags(tiny, out, **changes):
+    """A run of two rollouts, each trained on twice."""
     ours = {
         "data.max_samples": 16,
         "train.max_epochs": 2,
         "reward_shaping": "abc",
         "shaping.tokenizer_check": "off",
     }  # the ends may differ
-    flags = as_words(run_settings(tiny, out) | ours | changes)
-    env = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    return local_flags(tiny, out, **ours | changes)
+
+
+def launch(words, flags):
+    """A run in float32 by a launcher; its standard output."""
+    env = os.environ | {"PYTHONPATH": f"{SUPPORT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, *map(str, words), "local", *flags]
     result = subprocess.run(command, capture_output=True, text=True, timeout=500, env=env)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -299,7 +285,7 @@ BY_SHARE = {"train/policy_loss", "train/values"}
 @pytest.mark.parametrize(
     ("launcher", "stage", "models", "by_share"), [(DEEPSPEED, 2, "tiny", set()), (TORCHRUN, 3, "uneven", BY_SHARE)]
 )
-def test_two_ranks_train_what_one_rank_trains(request, tmp_path, launcher, stage, models, by_share):
+def test_two_ranks_train_what_one_rank_trains(request, local_runs, tmp_path, launcher, stage, models, by_share):
     """Losses, rewards, credit metrics, KL and weights, to the noise of float32; one rank writes.
 
     Two ranks have half the training batch each, and so as many updates. Where responses differ in length, a rank whose
@@ -311,13 +297,16 @@ def test_two_ranks_train_what_one_rank_trains(request, tmp_path, launcher, stage
             free.bind(("", 0))
             launcher = (*launcher[:2], "--master_port", free.getsockname()[1], *launcher[2:])
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    assert " s per step (" in train(("-m", "fp32_run"), alone, models, **{"train.micro_batch_size": 8})
-    said = train(launcher, shared, models, **{"ds.zero_stage": stage})
+    said = local_runs.done(flags(models, alone, **{"train.micro_batch_size": 8}), variant=("fp32", None))
+    assert " s per step (" in said
+    said = launch(launcher, flags(models, shared, **{"ds.zero_stage": stage}))
     assert said.count("loading models") == said.count("done: 2 steps") == 1
     assert "INFO ppo_trainer" not in said
     assert (shared / "run.rank1.log").exists()
     assert len(list((shared / "tensorboard").iterdir())) == 1
-    one, two = scalars(alone), scalars(shared)
+    one, two = (
+        {tag: [value for _, value in events] for tag, events in scalars(out).items()} for out in (alone, shared)
+    )
     assert one.keys() == two.keys()
     assert {"train/timing/score", "train/timing/policy_forward", "train/timing/critic_update"} <= set(two)
     for name in one:
@@ -334,20 +323,3 @@ def test_two_ranks_train_what_one_rank_trains(request, tmp_path, launcher, stage
 
 def weights(path):
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
-
-
-def test_a_step_leaves_its_times_and_starts_anew():
-    from abc_plugin.local import timing
-
-    groups = {"actor": {"forward": 1.5, "fit": 2.0}, "reward": {"forward": 0.5}, "critic": {}}
-    trainer = SimpleNamespace(reference_model_group=None)
-    for name, seconds in groups.items():
-        setattr(trainer, f"{name}_model_group", SimpleNamespace(seconds=seconds))
-    assert timing.take(trainer) == {
-        "timing/score": 0.5,
-        "timing/policy_forward": 1.5,
-        "timing/critic_forward": 0.0,
-        "timing/policy_update": 2.0,
-        "timing/critic_update": 0.0,
-    }
-    assert set(timing.take(trainer).values()) == {0.0}

@@ -21,8 +21,7 @@ from abc_plugin.host.imports import import_host
 
 import_host()
 
-from abc_plugin.local import rollout as generation  # noqa: E402
-from abc_plugin.local import timing  # noqa: E402
+from abc_plugin.local import rollout  # noqa: E402
 from abc_plugin.local.rollout import Draw, generate  # noqa: E402
 
 OPTIONS = {"seed": (1, 0), "batch_size": 2, "max_len": 24, "max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0}
@@ -162,12 +161,12 @@ def test_long_prompts_lose_their_front_and_empty_ones_are_refused(policy):
 
 def test_prompts_are_cut_by_length_into_equal_batches_for_the_ranks():
     ids = [[0] * length for length in (5, 1, 4, 2, 3, 6)]
-    assert generation._buckets(ids, 6, 1) == [[1, 3, 4, 2, 0, 5]]
-    assert generation._buckets(ids, 4, 1) == [[1, 3, 4], [2, 0, 5]]
-    assert generation._buckets(ids, 6, 2) == [[1, 3, 4], [2, 0, 5]]
-    assert generation._buckets(ids, 2, 2) == [[1, 3], [4, 2], [0], [5]]
-    assert generation._buckets(ids[:1], 4, 2) == [[0]]
-    assert generation._buckets([*ids, [0] * 2, [0] * 2], 2, 1, by_length=True) == [
+    assert rollout._batches(ids, 6, 1) == [[1, 3, 4, 2, 0, 5]]
+    assert rollout._batches(ids, 4, 1) == [[1, 3, 4], [2, 0, 5]]
+    assert rollout._batches(ids, 6, 2) == [[1, 3, 4], [2, 0, 5]]
+    assert rollout._batches(ids, 2, 2) == [[1, 3], [4, 2], [0], [5]]
+    assert rollout._batches(ids[:1], 4, 2) == [[0]]
+    assert rollout._batches([*ids, [0] * 2, [0] * 2], 2, 1, by_length=True) == [
         [1],
         [3, 6],
         [7],
@@ -183,11 +182,11 @@ def test_as_many_rows_generate_together_as_the_logits_of_a_forward_take_memory()
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=1000)).to(torch.bfloat16)
     # keys and values: 2 x 3 layers x 2 heads x 16 x 2 bytes = 384 bytes a token; logits: 1000 x (2 + 4) = 6000
-    assert generation.rows_at_once(model, 4) == 4 * 8  # of 15
+    assert rollout.rows_at_once(model, 4) == 4 * 8  # of 15
     model.config.vocab_size = 200  # 1200 bytes
-    assert generation.rows_at_once(model, 4) == 4 * 3
+    assert rollout.rows_at_once(model, 4) == 4 * 3
     model.config.vocab_size = 10  # 60 bytes
-    assert generation.rows_at_once(model, 4) == 4
+    assert rollout.rows_at_once(model, 4) == 4
 
 
 class Remembers(nn.Module):
@@ -206,7 +205,7 @@ def test_the_heads_input_is_contiguous_while_generating(monkeypatch):
     module, seen = Remembers(), []
     monkeypatch.setattr(module.inner, "forward", lambda x: seen.append(x.is_contiguous()))
     states = torch.ones(3, 5, 2)[:, -1:]
-    with generation.whole(SimpleNamespace(module=module)) as model:
+    with rollout.ready_to_generate(SimpleNamespace(module=module)) as model:
         model(states)
     module(states)
     assert seen == [True, False]
@@ -216,35 +215,10 @@ def test_deepspeeds_hooks_are_off_while_generating_and_back_afterwards():
     module, calls = Remembers().train(), []
     module.inner.register_forward_pre_hook(lambda *_: calls.append("before"))
     module.register_forward_hook(lambda *_: calls.append("after"))
-    with pytest.raises(KeyError), generation.whole(SimpleNamespace(module=module)) as model:
+    with pytest.raises(KeyError), rollout.ready_to_generate(SimpleNamespace(module=module)) as model:
         assert not model.training
         model(torch.ones(1, 2))
         assert calls == []
         raise KeyError
     module(torch.ones(1, 2))
     assert calls == ["before", "after"]
-
-
-def test_the_parts_of_a_step_are_medians_and_their_shares_add_up():
-    history = [
-        {
-            "timing/generation": seconds,
-            "timing/make_experience": 3.0,
-            "timing/score": 1.0,
-            "timing/ppo_train": 4.0,
-            "timing/step_total": seconds + 7.0,
-            "rollout/num_samples": 20.0,
-        }
-        for seconds in (3.0, 90.0, 3.0)
-    ]
-    figures = timing.figures(history)
-    assert figures == {
-        "step": 10.0,
-        "samples_per_second": 2.0,
-        "generate": 3.0,
-        "score": 1.0,
-        "experience": 2.0,
-        "update": 4.0,
-    }
-    said = "10.00 s per step (2.0 samples/s): generate 30%, score 10%, experience 20%, update 40%"
-    assert timing.sentence(figures) == said

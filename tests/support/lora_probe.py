@@ -1,22 +1,11 @@
-"""A real run of ``abc-rlhf local`` that looks at its own models before and after training.
-
-python tests/support/lora_probe.py FACTS.pt FLAGS...: the driver's status, and a file of what was seen.
-"""
-
-import sys
+"""A trainer that looks at its own models before and after training; for ``run_variants.probed``."""
 
 import torch
+from openrlhf.trainer.ray.launcher import ReferenceModelActor
 
-from abc_plugin.cli import main
-from abc_plugin.host.imports import import_host
-
-import_host()
-
-from openrlhf.trainer.ray.launcher import ReferenceModelActor  # noqa: E402
-
-from abc_plugin.host.install import undecorated  # noqa: E402
-from abc_plugin.local.trainer import LocalPPOTrainer  # noqa: E402
-from abc_plugin.local.zero3 import gathered  # noqa: E402
+from abc_plugin.host.install import undecorated
+from abc_plugin.local.ranks import gather_zero3
+from abc_plugin.local.trainer import LocalPPOTrainer
 
 IDS = torch.randint(3, 280, (4, 16), generator=torch.Generator().manual_seed(0))
 MASK, ACTIONS = torch.ones_like(IDS), torch.ones(4, 15, dtype=torch.bool)
@@ -24,7 +13,7 @@ MASK, ACTIONS = torch.ones_like(IDS), torch.ones(4, 15, dtype=torch.bool)
 
 def weights(module):
     """Whole parameters on the CPU by name, also where ZeRO-3 has split them."""
-    with gathered(module.parameters()):
+    with gather_zero3(module.parameters()):
         return {name: parameter.detach().cpu().clone() for name, parameter in module.named_parameters()}
 
 
@@ -43,6 +32,8 @@ def is_trained(name):
 
 
 class Probed(LocalPPOTrainer):
+    facts_file = None  # where what was seen is saved
+
     def fit(self, global_step=0):
         self.look()
         super().fit(global_step)
@@ -94,14 +85,4 @@ class Probed(LocalPPOTrainer):
         self.modules["policy"].eval()
         with torch.no_grad():
             self.facts["logits"] = self.modules["policy"](IDS, attention_mask=MASK).logits.float().cpu()
-
-
-if __name__ == "__main__":
-    from abc_plugin.local import trainer as local_trainer
-
-    local_trainer.LocalPPOTrainer, kept = Probed, []
-    init = Probed.__init__
-    Probed.__init__ = lambda self, *args, **kwargs: (kept.append(self), init(self, *args, **kwargs))[1]
-    status = main(["local", *sys.argv[2:]])
-    torch.save(kept[0].facts, sys.argv[1])
-    sys.exit(status)
+        torch.save(self.facts, self.facts_file)

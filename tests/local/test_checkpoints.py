@@ -10,7 +10,8 @@ import torch
 
 from abc_plugin.config import ShapingConfig
 from abc_plugin.errors import UserError
-from abc_plugin.local import checkpoints, resume_checks
+from abc_plugin.host.imports import import_host
+from abc_plugin.local import checkpoints
 from abc_plugin.local.checkpoints import Checkpoints
 
 PROMPTS = ["one", "two"]
@@ -59,7 +60,7 @@ def write(run, step, parts=checkpoints.PARTS):
 
 def saved(path, *steps, **changes):
     """Complete checkpoints of these steps."""
-    run = resume_checks.prepare(arguments(path, **changes), PROMPTS)
+    run = checkpoints.prepare(arguments(path, **changes), PROMPTS)
     for step in steps:
         run.begin(step)
         write(run, step)
@@ -69,7 +70,7 @@ def saved(path, *steps, **changes):
 
 def prepare(path, prompts=PROMPTS, **changes):
     args = arguments(path, **changes)
-    return resume_checks.prepare(args, prompts), args
+    return checkpoints.prepare(args, prompts), args
 
 
 def refusal(path, prompts=PROMPTS, **changes):
@@ -267,7 +268,8 @@ def test_random_numbers_go_on_as_they_would_have():
 
     import numpy as np
 
-    from abc_plugin.local.randomness import random_state, set_random_state
+    import_host()
+    from abc_plugin.local.resume import random_state, set_random_state
 
     def draw():
         return random.random(), np.random.standard_normal(3).tolist(), torch.randn(3).tolist()

@@ -21,7 +21,7 @@ from openrlhf.cli import train_ppo_ray
 from tqdm import tqdm
 
 from abc_plugin.credit.methods import policy_need
-from abc_plugin.host.checks import READ, check_models
+from abc_plugin.host import checks as host_checks
 from abc_plugin.host.worker import CreditPolicyModel, CreditRewardModel, RestoredCritic
 from abc_plugin.local import checks, frozen, lora, ranks
 from abc_plugin.local.checkpoints import prepare
@@ -50,8 +50,8 @@ def check(args: Namespace) -> Dataset:
     ranks.take_device()
     data = checks.check_data(args)
     checks.check_batches(args, len(data))
-    texts = [prompt for prompt in data[args.data.input_key][:READ] if isinstance(prompt, str)]
-    check_models(args, args.shaping, texts)
+    texts = [prompt for prompt in data[args.data.input_key][: host_checks.READ] if isinstance(prompt, str)]
+    host_checks.check_models(args, args.shaping, texts)
     checks.check_positions(args)
     frozen.check_settings(args, args.shaping)
     checks.check_lora_targets(args)

@@ -8,10 +8,8 @@ trlX's ``num_layers_unfrozen``); every reward shaping has the same.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from argparse import Namespace
-from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -126,7 +124,7 @@ class Trunk:
     frozen layer. A batch whose rows are all known skips the layers; any other is computed and kept. Attention is
     causal and padding is masked, so a row's states depend on nothing else, but for rounding: a kernel may sum in
     another order for another shape of batch. Generation, which keeps keys and values, passes through untouched, and
-    what passed can be kept as well (``keep_generated``).
+    its states can be kept as well (``keep_generated``).
     """
 
     def __init__(self, model: PreTrainedModel, count: int) -> None:
@@ -136,7 +134,7 @@ class Trunk:
         self.rows: list[bytes] | None = None  # of the batch that is in the model; None: it generates, or has no mask
         self.mask: Tensor | None = None
         self.all_known = False  # whether all its rows' states are kept
-        self.generated: list[Tensor] | None = None  # within ``keep_generated``: the states of each pass
+        self.generated: list[Tensor] = []  # the states of each pass of the generation that runs
         self.in_tuples = False  # whether a layer returns its states in a tuple, as GPT-J's do
         model.base_model.trunk = self
         model.base_model.forward = self._identify_rows(model.base_model.forward)  # generation takes hooks off
@@ -176,7 +174,7 @@ class Trunk:
             if self.rows is None:
                 out = forward(hidden_BSD, *args, **kwargs)
                 self.in_tuples = isinstance(out, tuple)
-                if last and self.generated is not None:
+                if last:
                     self.generated.append(_states(out))
                 return out
             if self.all_known:
@@ -192,20 +190,15 @@ class Trunk:
 
         return run
 
-    @contextlib.contextmanager
-    def keep_generated(self, sequences: list[list[int]], starts: list[int]) -> Iterator[None]:
-        """Keep the states of what is generated within the block, which also fills the two lists.
+    def keep_generated(self, sequences: list[list[int]], starts: list[int]) -> None:
+        """Keep the states of what was generated since the last call.
 
         sequences: each row's tokens, prompt and response.  starts: how many padding tokens stood before each.
         The last token was drawn and never read, so its states are zeros: no token attends to it, and what would
         follow it is not asked for.
         """
-        self.generated = []
-        try:
-            yield
-            states_BSD = torch.cat(self.generated, 1)
-        finally:
-            self.generated = None
+        states_BSD = torch.cat(self.generated, 1)
+        self.generated.clear()
         for ids, start, state_SD in zip(sequences, starts, states_BSD, strict=True):
             own_SD = state_SD[start : start + len(ids)]
             key = torch.stack([torch.tensor(ids), torch.arange(len(ids))], -1).numpy().tobytes()
@@ -222,7 +215,7 @@ def _states(layer_output: Any) -> Tensor:
     return layer_output[0] if isinstance(layer_output, tuple) else layer_output
 
 
-def keep_generated(model: PreTrainedModel, *rows: list) -> contextlib.AbstractContextManager:
+def keep_generated(model: PreTrainedModel, sequences: list[list[int]], starts: list[int]) -> None:
     """``Trunk.keep_generated`` of a model whose lower layers are frozen; nothing for another."""
-    trunk = getattr(model.base_model, "trunk", None)
-    return trunk.keep_generated(*rows) if trunk else contextlib.nullcontext()
+    if trunk := getattr(model.base_model, "trunk", None):
+        trunk.keep_generated(sequences, starts)

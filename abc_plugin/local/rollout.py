@@ -102,13 +102,10 @@ def _generate_batch(
 ) -> list[dict]:
     """``generate`` for prompts that are generated together: token ids in, responses out."""
     padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    width, sequences = padded["input_ids"].shape[1], []
-    with (
-        # Of the model's own generation_config, which generate would mix in, only the end tokens count: the host's
-        # engines take no more.
-        mock.patch.object(model, "generation_config", GenerationConfig()),
-        frozen.keep_generated(model, sequences, [width - len(prompt) for prompt in prompts]),
-    ):
+    width = padded["input_ids"].shape[1]
+    # Of the model's own generation_config, which generate would mix in, only the end tokens count: the host's engines
+    # take no more.
+    with mock.patch.object(model, "generation_config", GenerationConfig()):
         output = model.generate(
             **padded.to(model.device),
             do_sample=False,  # Draw samples
@@ -120,9 +117,10 @@ def _generate_batch(
             synced_gpus=False,  # no rank needs another to generate, under ZeRO-3 neither (``ready_to_generate``)
             logits_processor=processors,
         )
-        rows = zip(prompts, output[:, width:].tolist(), strict=True)
-        responses = [_response(prompt, tokens[: max_len - len(prompt)], ends) for prompt, tokens in rows]
-        sequences += [response["observation_tokens"] for response in responses]
+    rows = zip(prompts, output[:, width:].tolist(), strict=True)
+    responses = [_response(prompt, tokens[: max_len - len(prompt)], ends) for prompt, tokens in rows]
+    sequences = [response["observation_tokens"] for response in responses]
+    frozen.keep_generated(model, sequences, [width - len(prompt) for prompt in prompts])
     return responses
 
 

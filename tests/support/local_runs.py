@@ -57,8 +57,8 @@ class LocalRuns:
     ) -> tuple[int, str]:
         """(exit status, or minus the signal; what it printed).
 
-        variant: a function of ``run_variants`` that changes the run, or stands for it, and its argument.  end: a path, how many
-        seconds after the run has made it a signal is sent, and which.
+        variant: a function of ``run_variants`` for its process, and its argument.  end: a path, seconds and a signal,
+        which is sent so long after the run has made the path.
         """
         with tempfile.NamedTemporaryFile("r") as output:
             self._write({"flags": flags, "output": output.name, "ranks": ranks, "variant": variant})

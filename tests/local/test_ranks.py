@@ -39,7 +39,7 @@ def launched(monkeypatch, **variables):
         monkeypatch.setenv(name, value)
 
 
-def test_the_place_is_the_launchers_or_that_of_one_process(monkeypatch):
+def test_the_rank_is_the_launchers_or_that_of_one_process(monkeypatch):
     launched(monkeypatch)
     assert ranks.current_rank() == (0, 0, 1)
     launched(monkeypatch, WORLD_SIZE="1", RANK="7")  # left over from something else
@@ -210,23 +210,23 @@ from abc_plugin.local import ranks
 import torch.distributed as dist
 
 def main(argv):
-    with ranks.only_first_rank_prints() as here:
-        print("one voice")
+    with ranks.only_first_rank_prints() as rank:
+        print("started")
         if argv == ["late"]:
             dist.init_process_group("gloo")
-            ranks.gather(here.index)
-            if here.index == 0:
+            ranks.gather(rank.index)
+            if rank.index == 0:
                 ranks.gather("waits for ever")
-        raise UserError(f"rank {here.index} has refused")
+        raise UserError(f"rank {rank.index} has refused")
 
-cli.OWN_PARSER, cli.COMMANDS = ("fail",), {"fail": ("__main__", "")}
+cli.OWN_PARSER, cli.COMMANDS = {"fail": "main"}, {"fail": ("__main__", "")}
 sys.modules["__main__"].main = main
 sys.exit(cli.main())
 """
 
 
 @pytest.mark.parametrize(("when", "who"), [("early", 0), ("late", 1)])
-def test_an_error_is_told_once_and_ends_every_rank(tmp_path, when, who):
+def test_an_error_is_reported_once_and_ends_every_rank(tmp_path, when, who):
     """Early: by all, before they meet. Late: by one while the other waits for it."""
     script = tmp_path / "fails.py"
     script.write_text(FAILS)
@@ -234,7 +234,7 @@ def test_an_error_is_told_once_and_ends_every_rank(tmp_path, when, who):
     result = run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, script, "fail", when)
     assert result.returncode != 0
     assert time.time() - started < ranks.GRACE
-    assert result.stdout.count("one voice") == 1
+    assert result.stdout.count("started") == 1
     assert [line for line in result.stderr.splitlines() if "has refused" in line] == [
         f"abc-rlhf: error: rank {who} has refused"
     ]

@@ -43,13 +43,13 @@ def evaluate(argv: list[str]) -> int:
     args, _ = settings(rest, beta=1.0)  # the method's own credit is shown, and checked for
     from abc_plugin.host.checks import check_models
     from abc_plugin.host.model_files import read_data
-    from abc_plugin.local import checks, ranks
+    from abc_plugin.local import local_checks, ranks
     from abc_plugin.local.evaluate import evaluate as sample
 
-    checks.check_supported(args)
+    local_checks.check_supported(args)
     ranks.refuse_several("evaluate")
     check_models(args, args.shaping)
-    checks.check_positions(args)
+    local_checks.check_positions(args)
     samples = sample(args, read_data(args))
     own.out.parent.mkdir(parents=True, exist_ok=True)
     own.out.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in samples), encoding="utf-8")
@@ -70,7 +70,7 @@ def settings(argv: list[str], **shaping_changes: object) -> tuple[Namespace, lis
     shaping, host_argv = split_flags(argv)
     methods.load(shaping.method)
     import_host()
-    from abc_plugin.local.checks import parse_for_one_process
+    from abc_plugin.local.local_checks import parse_for_one_process
 
     return parse_for_one_process(host_argv, replace(shaping, **shaping_changes))
 

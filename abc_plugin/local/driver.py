@@ -21,9 +21,9 @@ from openrlhf.cli import train_ppo_ray
 from tqdm import tqdm
 
 from abc_plugin.credit.methods import policy_need
-from abc_plugin.host import checks as host_checks
+from abc_plugin.host import checks
 from abc_plugin.host.worker import CreditPolicyModel, CreditRewardModel, RestoredCritic
-from abc_plugin.local import checks, frozen, lora, ranks
+from abc_plugin.local import frozen, local_checks, lora, ranks
 from abc_plugin.local.checkpoints import prepare
 from abc_plugin.local.in_process import IN_PROCESS_RAY, InProcessClass, InProcessGroup
 from abc_plugin.local.trainer import LocalPPOTrainer, local_strategy, timing_sentence
@@ -45,16 +45,16 @@ def run(args: Namespace, ignored: list[str]) -> int:
 
 def check(args: Namespace) -> Dataset:
     """The prompts, after all checks but those of the output directory. Raises UserError."""
-    checks.check_supported(args)
-    checks.check_lora(args)
+    local_checks.check_supported(args)
+    local_checks.check_lora(args)
     ranks.take_device()
-    data = checks.check_data(args)
-    checks.check_batches(args, len(data))
-    texts = [prompt for prompt in data[args.data.input_key][: host_checks.READ] if isinstance(prompt, str)]
-    host_checks.check_models(args, args.shaping, texts)
-    checks.check_positions(args)
+    data = local_checks.check_data(args)
+    local_checks.check_batches(args, len(data))
+    texts = [prompt for prompt in data[args.data.input_key][: checks.READ] if isinstance(prompt, str)]
+    checks.check_models(args, args.shaping, texts)
+    local_checks.check_positions(args)
     frozen.check_settings(args, args.shaping)
-    checks.check_lora_targets(args)
+    local_checks.check_lora_targets(args)
     return data
 
 

@@ -18,7 +18,7 @@ import_host()
 from test_worker import worker  # noqa: E402
 
 from abc_plugin.host.checks import check_models  # noqa: E402
-from abc_plugin.local.checks import parse_for_one_process  # noqa: E402
+from abc_plugin.local.local_checks import parse_for_one_process  # noqa: E402
 from abc_plugin.text import mapping  # noqa: E402
 
 

@@ -15,7 +15,7 @@ import_host()
 
 from abc_plugin.host.checks import preflight  # noqa: E402
 from abc_plugin.host.ray_driver import _cause  # noqa: E402
-from abc_plugin.local.checks import parse_for_one_process  # noqa: E402
+from abc_plugin.local.local_checks import parse_for_one_process  # noqa: E402
 
 
 def checked(tiny, out, shaping=None, **changes):

@@ -25,7 +25,7 @@ import_host()
 
 import rank_checks  # noqa: E402
 
-from abc_plugin.local import checks  # noqa: E402
+from abc_plugin.local import local_checks  # noqa: E402
 from abc_plugin.local.in_process import InProcessGroup  # noqa: E402
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -137,10 +137,10 @@ def settings(rollout=8, micro=4, copies=1, train=8, train_micro=2):
 def test_ranks_share_every_batch_evenly_or_are_refused(monkeypatch, size, prompts, changes, message):
     launched(monkeypatch, **LAUNCHED | {"WORLD_SIZE": str(size), "RANK": "0"})
     if message is None:
-        checks.check_batches(settings(**changes), prompts)
+        local_checks.check_batches(settings(**changes), prompts)
         return
     with pytest.raises(UserError) as refused:
-        checks.check_batches(settings(**changes), prompts)
+        local_checks.check_batches(settings(**changes), prompts)
     assert message in str(refused.value)
 
 

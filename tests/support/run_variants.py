@@ -34,17 +34,17 @@ def fp32(_: object) -> None:
     """float32, which OpenRLHF's flag does not offer: what differs then differs by more than rounding."""
     import openrlhf.utils.utils
 
-    from abc_plugin.local import checks
+    from abc_plugin.local import local_checks
 
-    parse_for_one_process = checks.parse_for_one_process
+    parse_for_one_process = local_checks.parse_for_one_process
 
     def parse(*words: object) -> tuple[Namespace, list[str]]:
         args, ignored = parse_for_one_process(*words)
         args.ds.param_dtype = "fp32"
         return args, ignored
 
-    openrlhf.utils.utils.convert_to_torch_dtype = lambda _: torch.float32
-    checks.parse_for_one_process = parse
+    openrlhf.utils.utils.convert_to_torch_dtype = lambda param_dtype: torch.float32
+    local_checks.parse_for_one_process = parse
 
 
 def fp32_without_kept_states(_: object) -> None:

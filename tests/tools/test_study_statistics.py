@@ -9,19 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from study_tables import condition, pair
 
-from abc_plugin.tools.study import curves
+from abc_plugin.tools.study import learning_curves
 from abc_plugin.tools.study.comparisons import EQUAL_KL, analyse, per_run
-from abc_plugin.tools.study.curves import at_equal_kl, centred, crossing, frontier, late_rise, steps_to_rise
-from abc_plugin.tools.study.statistics import (
+from abc_plugin.tools.study.inference import (
     Estimate,
+    Paired,
     coverage_of_two_errors,
-    deviation,
     deviation_ratio,
     holm,
+    mean,
     paired,
-    t_interval,
-    two_errors,
 )
+from abc_plugin.tools.study.learning_curves import at_equal_kl, centred, crossing, frontier, late_rise, steps_to_rise
 from abc_plugin.tools.study.table import Table
 from abc_plugin.tools.study.verdict import claims
 
@@ -38,9 +37,9 @@ def ends(estimate):
 
 def test_mean_with_student_t_and_with_two_standard_errors():
     """1, 2, 3: mean 2, s = 1, n = 3, t_2 = 4.302653: 2 ± 4.302653 / sqrt 3; 2 standard errors are 2 / sqrt 3."""
-    assert ends(t_interval([1, 2, 3])) == near((2, 2 - 2.4841377, 2 + 2.4841377))
-    assert two_errors([1, 2, 3]) == near(1.1547005)
-    assert t_interval([7.0]) == Estimate(7.0, None, None) and two_errors([7.0]) is None
+    assert ends(mean([1, 2, 3]).estimate) == near((2, 2 - 2.4841377, 2 + 2.4841377))
+    assert mean([1, 2, 3]).two_errors == near(1.1547005)
+    assert mean([7.0]).estimate == Estimate(7.0, None, None) and mean([7.0]).two_errors is None
 
 
 def test_two_standard_errors_are_no_95_percent():
@@ -48,12 +47,6 @@ def test_two_standard_errors_are_no_95_percent():
     assert coverage_of_two_errors(2) == near(2 * math.atan(2) / math.pi)
     assert coverage_of_two_errors(3) == near(2 / math.sqrt(6))
     assert coverage_of_two_errors(10) == near(0.923, abs=5e-4)
-
-
-def test_standard_deviation_with_its_interval():
-    """chi-square with 2 degrees has quantiles -2 ln(1 - q): s = 1, ends sqrt(2 / 7.377759), sqrt(2 / 0.0506356)."""
-    assert ends(deviation([1, 2, 3])) == near((1, 0.5206588, 6.2847379), rel=1e-5)
-    assert deviation([1.0]) is None
 
 
 def test_pitman_and_morgan():
@@ -76,19 +69,20 @@ def test_ratios_of_spread_that_have_no_test():
 
 
 def test_paired_differences():
-    """Differences 1, 2, 3: t = 2 sqrt 3, p = 1 - t / sqrt(2 + t²) with 2 degrees; all positive: Wilcoxon 2 / 2³."""
-    found = paired([2, 4, 6], [1, 2, 3])
-    assert (found.n, found.d_z, found.p_wilcoxon) == (3, near(2), near(0.25))
-    assert found.p_t == near(1 - math.sqrt(12 / 14))
-    assert ends(found.difference) == near((2, 2 - 2.4841377, 2 + 2.4841377))
+    """Differences 1, 2, 3: t = 2 sqrt 3, p = 1 - t / sqrt(2 + t²) with 2 degrees.
+
+    t_2 has quantiles (2q - 1) / sqrt(2 q (1 - q)): at 0.8 1.0606602. s = 1, n = 3.
+    """
+    test = paired([2, 4, 6], [1, 2, 3])
+    assert (test.n, test.p) == (3, near(1 - math.sqrt(12 / 14)))
+    assert ends(test.difference) == near((2, 2 - 2.4841377, 2 + 2.4841377))
+    assert test.detectable == near((4.3026527 + 1.0606602) / math.sqrt(3))
 
 
 def test_paired_differences_that_are_all_the_same():
-    same, shifted = paired([1, 2, 3], [1, 2, 3]), paired([1.1, 2.1, 3.1], [1, 2, 3])
-    assert (same.p_t, same.p_wilcoxon, same.d_z) == (1.0, 1.0, None)
-    assert (shifted.p_t, shifted.p_wilcoxon, shifted.d_z) == (0.0, near(0.25), None)
-    one = paired([2.0], [1.0])
-    assert (one.difference, one.p_t, one.p_wilcoxon, one.d_z) == (Estimate(1.0), None, None, None)
+    assert paired([1, 2, 3], [1, 2, 3]).p == 1.0
+    assert paired([1.1, 2.1, 3.1], [1, 2, 3]).p == 0.0
+    assert paired([2.0], [1.0]) == Paired(1, Estimate(1.0))
 
 
 def test_holm():
@@ -196,11 +190,9 @@ def simulated(random, n=10, truth=0.25):
 
 @pytest.fixture(scope="module")
 def many():
-    """For each of 1000 simulated studies of 10 seeds with a true difference, and of 0: its analysis."""
+    """The runs of 1000 simulated studies of 10 seeds with a true difference: (1000, 2, 10, T)."""
     random = np.random.default_rng(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(curves, "RESAMPLES", 50)  # of the steps, which have a simulation of their own
-        return [analyse(pair(*simulated(random))) for _ in range(SIMULATIONS)]
+    return np.array([simulated(random) for _ in range(SIMULATIONS)])
 
 
 def share(flags):
@@ -214,41 +206,41 @@ def holds(estimate, truth):
 TRUE_MEAN = float(np.mean(4 * (1 - np.exp(-np.arange(T) / 8))))
 
 
-def test_nominal_coverage_of_the_mean_and_of_the_paired_difference(many):
-    means = [analysis.summaries[0].means["reward"] for analysis in many]
-    assert 0.93 <= share(holds(mean.estimate, TRUE_MEAN) for mean in means) <= 0.97
-    assert 0.93 <= share(holds(a.comparisons[0].paired["reward"].difference, 0.25) for a in many) <= 0.97
-    assert 0.93 <= share(holds(a.comparisons[0].paired["reward_last"].difference, 0.25) for a in many) <= 0.97
-    by_errors = share(abs(mean.estimate.value - TRUE_MEAN) <= mean.two_errors for mean in means)
+def test_nominal_coverage(many):
+    means = [mean(none) for none in many.mean(-1)[:, 1]]
+    assert 0.93 <= share(holds(each.estimate, TRUE_MEAN) for each in means) <= 0.97
+    assert 0.93 <= share(holds(paired(*both).difference, 0.25) for both in many.mean(-1)) <= 0.97
+    assert 0.93 <= share(holds(paired(*both).difference, 0.25) for both in many[..., -10:].mean(-1)) <= 0.97
+    by_errors = share(abs(each.estimate.value - TRUE_MEAN) <= each.two_errors for each in means)
     assert by_errors == near(coverage_of_two_errors(10), abs=0.02) and by_errors < 0.95
+    ratios = [deviation_ratio(*both) for both in many.mean(-1)]
+    assert 0.93 <= share(holds(each.ratio, 1.0) for each in ratios) <= 0.97
+    assert 0.03 <= share(each.p < 0.05 for each in ratios) <= 0.07
 
 
-def test_nominal_coverage_of_the_spread_and_of_its_ratio(many):
-    # Of a run's mean: seed, run, and the noise's mean, whose variance is the sum of all correlations over T².
-    lags = np.abs(np.subtract.outer(np.arange(T), np.arange(T)))
-    true = math.sqrt(0.3**2 + 0.2**2 + 0.4**2 * np.mean(0.6**lags))
-    assert 0.93 <= share(holds(a.summaries[1].deviations["reward"], true) for a in many) <= 0.97
-    ratios = [analysis.comparisons[0].spread["reward"] for analysis in many]
-    assert 0.93 <= share(holds(found.ratio, 1.0) for found in ratios) <= 0.97
-    assert 0.03 <= share(found.p < 0.05 for found in ratios) <= 0.07
+def test_the_difference_that_could_be_seen_is_seen_in_four_studies_of_five(many):
+    """The true difference of the simulation is 0.25, the spread of differences that which gives the power."""
+    differences = np.subtract(*many.mean(-1).transpose(1, 0, 2))
+    detectable = float(np.mean([paired(each, 0 * each).detectable for each in differences]))
+    shifted = differences - 0.25 + detectable
+    assert share(paired(each, 0 * each).p < 0.05 for each in shifted) == near(0.8, abs=0.03)
 
 
-def test_false_alarms_of_the_paired_tests_are_as_many_as_they_say():
+def test_false_alarms_are_as_many_as_they_say():
     random = np.random.default_rng(2)
     runs = np.array([[x.mean(1) for x in simulated(random, truth=0.0)] for _ in range(SIMULATIONS)])
-    found = [paired(*both) for both in runs]
-    assert 0.03 <= share(one.p_t < 0.05 for one in found) <= 0.07
-    assert 0.02 <= share(one.p_wilcoxon < 0.05 for one in found) <= 0.06  # discrete: 0.0488 at most
+    p_values = [paired(*both).p for both in runs]
+    assert 0.03 <= share(p < 0.05 for p in p_values) <= 0.07
     # Of five comparisons without a difference, Holm's correction leaves a false alarm in at most 5 % of reports.
-    families = [[one.p_t for one in found[i : i + 5]] for i in range(0, SIMULATIONS, 5)]
+    families = [p_values[i : i + 5] for i in range(0, SIMULATIONS, 5)]
     assert share(min(holm(family)) < 0.05 for family in families) <= 0.09
     assert share(min(family) < 0.05 for family in families) >= 0.15
 
 
 @pytest.mark.parametrize("pace", [0.7, 1.0, 1.6])
 def test_coverage_of_steps_is_what_the_report_says(monkeypatch, pace):
-    """Of methods slower, as fast and faster, with little and much noise: within curves.HELD, as the report says."""
-    monkeypatch.setattr(curves, "RESAMPLES", 500)
+    """Of methods slower, as fast and faster, with little and much noise: within HELD, which the report quotes."""
+    monkeypatch.setattr(learning_curves, "RESAMPLES", 500)
     random = np.random.default_rng(3)
     steps = tuple(range(1, T + 1))
 
@@ -259,7 +251,7 @@ def test_coverage_of_steps_is_what_the_report_says(monkeypatch, pace):
 
     seed = 0.3 * random.standard_normal((40_000, 1))
     truth = steps_to_rise(*(runs(seed, scale, 0.0).mean(0, keepdims=True) for scale in (pace, 1.0)), steps)
-    for n, (low, high) in curves.HELD.items():
+    for n, (low, high) in learning_curves.HELD.items():
         for wobble in (0.15, 0.4):
             held = []
             for _ in range(SIMULATIONS // 2):
@@ -290,7 +282,7 @@ def test_a_slower_method_on_the_same_frontier_is_no_worse_at_equal_kl(pace, shap
         pairs = [at_equal_kl(*run) for run in zip(kl, reward, base_kl, base_reward, strict=True)]
         found = paired([one.reward for one in pairs], [one.baseline for one in pairs])
         differences.append(found.difference.value)
-        alarms.append(found.p_t < 0.05)
+        alarms.append(found.p < 0.05)
     assert abs(np.mean(differences)) < 0.02 and share(alarms) <= 0.12
     if pace < 1:
         assert (reward.mean(1) < base_reward.mean(1)).all()
@@ -305,7 +297,7 @@ tables = st.integers(0, 10**6).map(lambda seed: simulated(np.random.default_rng(
 @settings(deadline=None, max_examples=15)
 def test_a_constant_on_all_rewards_moves_means_and_nothing_else(runs, shift):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(curves, "RESAMPLES", 50)
+        patch.setattr(learning_curves, "RESAMPLES", 50)
         kl = [np.cumsum(np.ones((5, T)), 1) * pace for pace in (0.02, 0.03)]
         before, after = (analyse(pair(runs[0] + by, runs[1] + by, *kl)) for by in (0.0, shift))
     assert [s.means["reward"].estimate.value + shift for s in before.summaries] == near(
@@ -314,7 +306,7 @@ def test_a_constant_on_all_rewards_moves_means_and_nothing_else(runs, shift):
     old, new = before.comparisons[0], after.comparisons[0]
     for name in ("reward", "reward_last", EQUAL_KL, "kl"):
         assert ends(old.paired[name].difference) == near(ends(new.paired[name].difference), abs=1e-9)
-        assert old.paired[name].p_t == near(new.paired[name].p_t, rel=1e-4, abs=1e-12)
+        assert old.paired[name].p == near(new.paired[name].p, rel=1e-4, abs=1e-12)
     assert ends(old.spread["reward"].ratio) == near(ends(new.spread["reward"].ratio), rel=1e-6)
     assert ends(old.steps.steps) == near(ends(new.steps.steps), rel=1e-6)
 
@@ -324,10 +316,10 @@ def test_a_constant_on_all_rewards_moves_means_and_nothing_else(runs, shift):
 def test_tests_and_intervals_agree(both):
     x, y = (np.array(side) for side in zip(*both, strict=True))
     forth, back = paired(x, y), paired(y, x)
-    assert forth.difference.value == near(-back.difference.value) and forth.p_t == near(back.p_t)
+    assert forth.difference.value == near(-back.difference.value) and forth.p == near(back.p)
     assert forth.difference.low == near(-back.difference.high)
     if min(abs(forth.difference.low), abs(forth.difference.high)) > 1e-6:
-        assert (forth.p_t < 0.05) == (forth.difference.sign != 0)
+        assert (forth.p < 0.05) == (forth.difference.sign != 0)
     ratio = deviation_ratio(x, y)
     if ratio is not None and ratio.p is not None and 0.051 < ratio.p < 0.999:
         assert holds(ratio.ratio, 1.0)
@@ -404,7 +396,7 @@ def test_a_baseline_that_still_rises_is_said_once_and_decides_no_claim_of_steps(
 
 def test_runs_without_more_than_the_last_ten_steps_are_named():
     lengths = [analyse(Table([condition("none", np.ones((2, steps)))], [], [])).warnings for steps in (1, 10, 11)]
-    said = "Runs of {} steps: what is said of the last 10 is of them all."
+    said = "Runs of {} steps: the last 10 are all of them."
     assert lengths == [[said.format(1)], [said.format(10)], []]
 
 

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from pathlib import Path
 
 from abc_plugin.errors import UserError
 
 
 def main(argv: list[str]) -> int:
     """Run or report; returns the exit status. Raises UserError for all that can be refused before a run starts."""
-    if argv and argv[0] == "report":
-        from abc_plugin.tools.study.report_command import add_report_arguments, report
-
-        parser = argparse.ArgumentParser(prog="abc-rlhf study report", description="compare a study's methods")
-        add_report_arguments(parser)
-        return report(parser.parse_args(argv[1:]))
-    args = _parser().parse_args(argv)
-    if args.jobs is not None and args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: at least one run at a time")
+    reporting = argv[:1] == ["report"]
+    args = _report_parser().parse_args(argv[1:]) if reporting else _run_parser().parse_args(argv)
     try:
-        from abc_plugin.tools.study.runner import run_study
+        return _report(args) if reporting else _run(args)
     except ModuleNotFoundError as error:
-        raise UserError(f"abc-rlhf study needs {error.name}; pip install 'abc-plugin[study]'") from None
+        command = "abc-rlhf study report" if reporting else "abc-rlhf study"
+        raise UserError(f"{command} needs {error.name}; pip install 'abc-plugin[study]'") from None
 
-    return run_study(args.plan, args.out, smoke=args.smoke, jobs=args.jobs, gpus=args.gpus)
 
-
-def _parser() -> argparse.ArgumentParser:
+def _run_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="abc-rlhf study",
         usage="abc-rlhf study PLAN.yaml [--out DIR] [--jobs N] [--gpus 0,1] [--smoke]\n"
@@ -41,3 +35,52 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", metavar="0,1", help="the GPUs to share out, one to each run (default: all)")
     parser.add_argument("--smoke", action="store_true", help="the plan with its `smoke` section, in DIR-smoke")
     return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.jobs is not None and args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: at least one run at a time")
+    from abc_plugin.tools.study.runner import run_study
+
+    return run_study(args.plan, args.out, smoke=args.smoke, jobs=args.jobs, gpus=args.gpus)
+
+
+def _report_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="abc-rlhf study report", description="Compare a study's methods.")
+    parser.add_argument(
+        "source",
+        metavar="DIR|FILE",
+        help="what abc-rlhf study wrote (results.csv in it is read), or any CSV or JSONL with a line per run and "
+        "step: method, seed, step, reward and, if known, kl, value_loss, beta; further columns are settings",
+    )
+    parser.add_argument("--out", metavar="DIR", help="where to write (default: DIR, or FILE's name and -report)")
+    return parser
+
+
+def _report(args: argparse.Namespace) -> int:
+    """Write the report's files; print the main table, the verdicts and one line with the paths."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from abc_plugin.tools.study import document, verdict
+    from abc_plugin.tools.study.comparisons import analyse
+    from abc_plugin.tools.study.table import locate, read
+
+    path = locate(args.source)
+    own = path.parent if Path(args.source).is_dir() else path.with_name(f"{path.stem}-report")
+    out = Path(args.out or own)
+    analysis = analyse(read(path))
+    contents = document.files(analysis, path.name, shlex.join(["abc-rlhf", "study", "report", args.source]))
+    document.write(out, contents)
+    console, shown, means = Console(markup=False, highlight=False), Table(box=None), document.means(analysis)
+    for name in means:
+        # In a narrow terminal headings and labels may break over lines, numbers may not.
+        shown.add_column(name, justify="left" if name == "condition" else "right", no_wrap=False)
+    for row in means.itertuples(index=False, name=None):
+        shown.add_row(*row)
+    console.print(shown)
+    warnings = [f"Mind: {warning}" for warning in analysis.warnings]
+    for line in [*warnings, *verdict.sentences(analysis), *verdict.claim_lines(analysis)]:
+        console.print(line, soft_wrap=True)
+    print(f"abc-rlhf study report: {verdict.headline(analysis)} {' '.join(str(out / name) for name in contents)}")
+    return 0

@@ -6,43 +6,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from abc_plugin.tools.study import words
-from abc_plugin.tools.study.curves import LAST, Steps, at_equal_kl, steps_to_rise
-from abc_plugin.tools.study.statistics import (
-    Estimate,
-    Paired,
-    Ratio,
-    deviation,
-    deviation_ratio,
-    holm,
-    paired,
-    t_interval,
-    two_errors,
-)
-from abc_plugin.tools.study.table import BASELINE, METRICS, Condition, Table
+from abc_plugin.tools.study.inference import Mean, Paired, Ratio, deviation_ratio, holm, mean, paired
+from abc_plugin.tools.study.learning_curves import LAST, AtEqualKL, Steps, at_equal_kl, steps_to_rise
+from abc_plugin.tools.study.table import BASELINE, Condition, Table
 
 EQUAL_KL = "reward_at_equal_kl"
-# One number per run: name: (words, metric, of the last LAST steps only)
+# One number per run, and its name in texts
 MEASURES = {
-    f"{metric}{'_last' if last else ''}": (
-        f"{metric.replace('_', ' ').replace('kl', 'KL')} {f'of the last {LAST} steps' if last else 'over training'}",
-        metric,
-        last,
-    )
-    for metric in METRICS
-    for last in (False, True)
+    "reward": "reward over training",
+    "reward_last": f"reward of the last {LAST} steps",
+    "kl": "KL over training",
+    "kl_last": f"KL of the last {LAST} steps",
+    "value_loss": "value loss over training",
+    "value_loss_last": f"value loss of the last {LAST} steps",
 }
+WORDS = MEASURES | {EQUAL_KL: "reward at equal KL"}
 COMPARED = ("reward", "reward_last", EQUAL_KL, "kl", "kl_last")
 SPREAD = ("reward", "reward_last")
-WORDS = {name: words for name, (words, _, _) in MEASURES.items()} | {EQUAL_KL: "reward at equal KL"}
-
-
-@dataclass(frozen=True)
-class Mean:
-    """Over runs of a number per run: t interval, and the half-width of ± 2 standard errors."""
-
-    estimate: Estimate
-    two_errors: float | None
 
 
 @dataclass(frozen=True)
@@ -51,7 +31,6 @@ class Summary:
 
     condition: Condition
     means: dict[str, Mean]
-    deviations: dict[str, Estimate | None]  # across seeds
 
 
 @dataclass(frozen=True)
@@ -66,6 +45,10 @@ class Comparison:
     steps: Steps | None  # None: the other does not rise, or is no baseline
     equal_kl: tuple[float, float] | None  # from and to, nats per token, means over pairs
 
+    @property
+    def with_baseline(self) -> bool:
+        return self.other.method == BASELINE
+
 
 @dataclass(frozen=True)
 class Analysis:
@@ -76,104 +59,102 @@ class Analysis:
     comparisons: list[Comparison]  # with their baselines first, then of abc with uniform
     warnings: list[str]
 
+    def names(self, comparison: Comparison) -> tuple[str, str]:
+        """The labels of the two conditions; of the other without what they share."""
+        return self.table.label(comparison.condition), self.table.label(comparison.other, group=False)
+
 
 def per_run(curves: dict[str, np.ndarray], measure: str) -> np.ndarray | None:
     """(N,): the measure of each run; None where the metric was not logged."""
-    _, metric, last = MEASURES[measure]
+    metric = measure.removesuffix("_last")
     if metric not in curves:
         return None
-    return (curves[metric][:, -LAST:] if last else curves[metric]).mean(1)
+    return (curves[metric] if metric == measure else curves[metric][:, -LAST:]).mean(1)
 
 
 def analyse(table: Table) -> Analysis:
     """Every summary and comparison; p-values corrected by Holm's method, per measure over all comparisons."""
-    pairs = [(c, table.baseline(c)) for c in table.conditions if c.method != BASELINE]
-    warnings = [*table.warnings]
-    alone = [table.label(c) for c, other in pairs if other is None]
-    if alone:
-        warnings.append(
-            f"Without a baseline (method {BASELINE} with the same other settings), so in the tables only: "
-            f"{'; '.join(alone)}."
-        )
-    if short := sorted({len(c.steps) for c in table.conditions if len(c.steps) <= LAST}):
-        warnings.append(f"Runs of {', '.join(map(str, short))} steps: what is said of the last {LAST} is of them all.")
-    pairs += [(c, table.uniform(c)) for c in table.conditions if c.method == "abc"]
-    comparisons = []
-    for condition, other in pairs:
-        if other is not None:
-            comparison, notes = _compare(table, condition, other)
-            comparisons.append(comparison)
-            warnings += notes
-    warnings = list(dict.fromkeys(warnings))  # what is said of a baseline, once
-    return Analysis(table, [_summary(c) for c in table.conditions], _corrected(comparisons), warnings)
+    with_none = [(each, table.baseline(each)) for each in table.conditions if each.method != BASELINE]
+    with_uniform = [(each, table.uniform(each)) for each in table.conditions if each.method == "abc"]
+    comparisons = [_compare(each, other) for each, other in with_none + with_uniform if other is not None]
+    alone = [each for each, other in with_none if other is None]
+    analysis = Analysis(table, [_summary(condition) for condition in table.conditions], _corrected(comparisons), [])
+    return replace(analysis, warnings=[*table.warnings, *_warnings(analysis, alone)])
 
 
 def _summary(condition: Condition) -> Summary:
     values = {name: per_run(condition.curves, name) for name in MEASURES}
-    means = {name: Mean(t_interval(x), two_errors(x)) for name, x in values.items() if x is not None}
-    return Summary(condition, means, {name: deviation(values[name]) for name in SPREAD})
+    means = {name: mean(runs) for name, runs in values.items() if runs is not None}
+    return Summary(condition, means)
 
 
-def _compare(table: Table, condition: Condition, other: Condition) -> tuple[Comparison, list[str]]:
+def _compare(condition: Condition, other: Condition) -> Comparison:
     seeds = tuple(seed for seed in condition.seeds if seed in other.seeds)
-    named = f"{table.label(condition)} against {table.label(other, group=False)}"
-    notes = []
-    if set(condition.seeds) != set(other.seeds):
-        odd = ", ".join(map(str, sorted(set(condition.seeds) ^ set(other.seeds))))
-        notes.append(f"{named}: compared on the {len(seeds)} seeds that both have; only one has {odd}.")
     if not seeds:
-        return Comparison(condition, other, (), {}, {}, None, None), notes
+        return Comparison(condition, other, (), {}, {}, None, None)
     ours, theirs = condition.only(seeds), other.only(seeds)
-    both = {metric for metric in METRICS if metric in ours and metric in theirs}
     values = {
         name: (per_run(ours, name), per_run(theirs, name))
-        for name, (_, metric, _) in MEASURES.items()
-        if metric in both
+        for name in MEASURES
+        if name.removesuffix("_last") in ours.keys() & theirs.keys()
     }
     tests = {name: paired(*values[name]) for name in COMPARED if name in values}
-    found, equal_kl = _equal_kl(ours, theirs)
-    if found:
-        tests[EQUAL_KL] = found
-    without = len(seeds) - (found.n if found else 0)
-    if "kl" in both and without:
-        notes.append(f"{named}: {without} of {len(seeds)} pairs share no KL: not in {WORDS[EQUAL_KL]}.")
-    spread = {name: ratio for name in SPREAD if (ratio := deviation_ratio(*values[name]))}
-    steps = steps_to_rise(ours["reward"], theirs["reward"], condition.steps) if other.method == BASELINE else None
-    if steps and steps.late_rise and steps.late_rise.sign > 0:
-        notes.append(
-            f"{table.label(other)} still rises in its last {LAST} steps, by {words.estimate(steps.late_rise)} from "
-            "their first half to their second: it has no plateau yet, and steps are counted to where it got."
-        )
-    tests = {name: tests[name] for name in COMPARED if name in tests}
-    return Comparison(condition, other, seeds, tests, spread, steps, equal_kl), notes
+    pairs = _at_equal_kl(ours, theirs)
+    if pairs:
+        tests[EQUAL_KL] = paired([pair.reward for pair in pairs], [pair.baseline for pair in pairs])
+    return Comparison(
+        condition,
+        other,
+        seeds,
+        paired={name: tests[name] for name in COMPARED if name in tests},
+        spread={name: ratio for name in SPREAD if (ratio := deviation_ratio(*values[name]))},
+        steps=steps_to_rise(ours["reward"], theirs["reward"], condition.steps) if other.method == BASELINE else None,
+        equal_kl=tuple(np.mean([(pair.low, pair.high) for pair in pairs], 0).tolist()) if pairs else None,
+    )
 
 
-def _equal_kl(
-    ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]
-) -> tuple[Paired | None, tuple[float, float] | None]:
+def _at_equal_kl(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> list[AtEqualKL]:
     if "kl" not in ours or "kl" not in theirs:
-        return None, None
+        return []
     runs = zip(ours["kl"], ours["reward"], theirs["kl"], theirs["reward"], strict=True)
-    found = [pair for run in runs if (pair := at_equal_kl(*run))]
-    if not found:
-        return None, None
-    low, high = (float(np.mean([getattr(pair, end) for pair in found])) for end in ("low", "high"))
-    return paired([pair.reward for pair in found], [pair.baseline for pair in found]), (low, high)
+    return [pair for run in runs if (pair := at_equal_kl(*run))]
+
+
+def _warnings(analysis: Analysis, alone: list[Condition]) -> list[str]:
+    """What is missing, or limits what the numbers can mean; each once."""
+    table, warnings = analysis.table, []
+    if alone:
+        warnings.append(
+            f"Without a baseline (method {BASELINE} with the same other settings), so in the tables only: "
+            f"{'; '.join(map(table.label, alone))}."
+        )
+    if short := sorted({len(condition.steps) for condition in table.conditions if len(condition.steps) <= LAST}):
+        warnings.append(f"Runs of {', '.join(map(str, short))} steps: the last {LAST} are all of them.")
+    for comparison in analysis.comparisons:
+        who, n = " against ".join(analysis.names(comparison)), len(comparison.seeds)
+        if odd := sorted(set(comparison.condition.seeds) ^ set(comparison.other.seeds)):
+            warnings.append(
+                f"{who}: compared on the {n} seeds that both have; only one has {', '.join(map(str, odd))}."
+            )
+        apart = n - (comparison.paired[EQUAL_KL].n if EQUAL_KL in comparison.paired else 0)
+        if "kl" in comparison.paired and apart:
+            warnings.append(f"{who}: {apart} of {n} pairs share no KL: not in {WORDS[EQUAL_KL]}.")
+        if comparison.steps and comparison.steps.still_rises:
+            warnings.append(
+                f"{table.label(comparison.other)} still rises in its last {LAST} steps, by "
+                f"{comparison.steps.late_rise} from their first half to their second: it has no plateau yet, and "
+                "steps are counted to where it got."
+            )
+    return list(dict.fromkeys(warnings))
 
 
 def _corrected(comparisons: list[Comparison]) -> list[Comparison]:
     """With Holm's p-values."""
-    tests = [dict(comparison.paired) for comparison in comparisons]
-    ratios = [dict(comparison.spread) for comparison in comparisons]
-    for name in COMPARED:
-        _correct(tests, name, "p_t")
-        _correct(tests, name, "p_wilcoxon")
-    for name in SPREAD:
-        _correct(ratios, name, "p")
-    return [replace(c, paired=t, spread=r) for c, t, r in zip(comparisons, tests, ratios, strict=True)]
-
-
-def _correct(rows: list[dict], name: str, field: str) -> None:
-    having = [row for row in rows if name in row]
-    for row, adjusted in zip(having, holm([getattr(row[name], field) for row in having]), strict=True):
-        row[name] = replace(row[name], **{f"{field}_holm": adjusted})
+    for kind in ("paired", "spread"):
+        tests = [dict(getattr(comparison, kind)) for comparison in comparisons]
+        for name in COMPARED:
+            rows = [row for row in tests if name in row]
+            for row, p in zip(rows, holm([row[name].p for row in rows]), strict=True):
+                row[name] = replace(row[name], p_holm=p)
+        comparisons = [replace(each, **{kind: row}) for each, row in zip(comparisons, tests, strict=True)]
+    return comparisons

@@ -1,87 +1,247 @@
-"""A report as data, and its two texts: Markdown, and a page that holds its pictures."""
+"""A study's report as files: tables, the texts made of them by templates, and the numbers behind."""
 
 from __future__ import annotations
 
 import base64
+import json
+import math
 import re
-from dataclasses import dataclass, field
-from html import escape
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
 
-from abc_plugin.report.page import table as html_table
+import jinja2
+import pandas as pd
+
+from abc_plugin.errors import UserError
 from abc_plugin.report.style import document
 from abc_plugin.report.tokens import visible
+from abc_plugin.tools.study import figures, inference, learning_curves
+from abc_plugin.tools.study.comparisons import COMPARED, EQUAL_KL, WORDS, Analysis, Comparison
+from abc_plugin.tools.study.inference import NOTHING, number, p_text
+from abc_plugin.tools.study.learning_curves import Steps
+from abc_plugin.tools.study.table import BASELINE, shown
+from abc_plugin.tools.study.verdict import CLAIMS, claim_lines, claims, headline, sentences
+
+MARK = "made by abc-rlhf study report"  # near the start of each of its files: only these may be overwritten
+START = 400  # bytes
+ABOUT = 'null: there is none, such as an interval of too few seeds; "never": no number of steps reaches the reward'
+LEFT = {"condition", "against", *CLAIMS}  # columns that are aligned to the left
+Frame = pd.DataFrame  # of text; columns that a row lacks are –
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A table; columns from ``numbers`` on are numbers."""
-
-    header: tuple[str, ...]
-    rows: list[list[str]]
-    numbers: int = 1
-    title: str = ""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of a report, in the order of its fields."""
-
-    title: str
-    words: list[str] = field(default_factory=list)
-    items: list[str] = field(default_factory=list)
-    grids: list[Grid] = field(default_factory=list)
-    pictures: list[tuple[str, str]] = field(default_factory=list)  # file name, caption
-
-
-def as_markdown(mark: str, headline: str, sections: list[Section], command: str) -> str:
-    """The whole text; ``mark`` is an invisible first line."""
-    parts = [f"<!-- {mark} -->", f"# {_plain(headline)}"]
-    for section in sections:
-        parts.append(f"## {_plain(section.title)}")
-        parts += [_plain(paragraph) for paragraph in section.words]
-        if section.items:
-            parts.append("\n".join(f"- {_plain(item)}" for item in section.items))
-        parts += [_grid(grid) for grid in section.grids]
-        parts += [f"![{_plain(caption)}]({name})" for name, caption in section.pictures]
+def files(analysis: Analysis, source: str, command: str) -> dict[str, bytes]:
+    """All files by name, from nothing but the table: the same table gives the same bytes."""
+    pictures, captions = figures.draw(analysis, MARK)
+    content = _content(analysis, captions, source)
+    images = {name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in pictures.items()}
     as_code = re.sub(r"[`\n]", " ", visible(command))
-    parts.append(f"Made by `{as_code}`.")
-    return "\n\n".join(parts) + "\n"
+    numbers = as_json(analysis) | {"figures": list(pictures)}
+    body = _render("html.j2", autoescape=True, images=images, **content)
+    texts = {
+        "report.md": _render("markdown.j2", autoescape=False, mark=MARK, command=as_code, **content),
+        "report.json": json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.html": document(f"Study: {MARK}", visible(headline(analysis)), body, visible(command)),
+    }
+    return {name: text.encode() for name, text in texts.items()} | pictures
 
 
-def _plain(text: str) -> str:
-    """Text that came from data, without any meaning in Markdown."""
-    text = re.sub(r"([\\`*_|#~])", r"\\\1", visible(text).replace("\n", " "))
+def _render(template: str, *, autoescape: bool, **content: Any) -> str:
+    """Templates extend report.j2, which has the sentences, with the macros of their format."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=autoescape,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: visible(value) if autoescape and type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["md"] = _markdown
+    return re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(**content))
+
+
+def _markdown(text: object) -> str:
+    """Text without any meaning in Markdown, in one line."""
+    text = re.sub(r"([\\`*_|#~])", r"\\\1", visible(" ".join(str(text).split())))
     return text.replace("<", "&lt;").replace("](", "]\\(")
 
 
-def _grid(grid: Grid) -> str:
-    rule = ["---" if place < grid.numbers else "---:" for place in range(len(grid.header))]
-    lines = [[_plain(cell) for cell in grid.header], rule, *([_plain(cell) for cell in row] for row in grid.rows)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"**{_plain(grid.title)}**\n\n{table}" if grid.title else table
+def _content(analysis: Analysis, captions: dict[str, str], source: str) -> dict[str, Any]:
+    """What the templates say."""
+    table, counts = analysis.table, sorted({len(condition.seeds) for condition in analysis.table.conditions})
+    return {
+        "headline": headline(analysis),
+        "verdicts": [f"Mind: {warning}" for warning in analysis.warnings] + sentences(analysis),
+        "claims": claim_lines(analysis),
+        "tables": {name: frame for name, frame in tables(analysis).items() if len(frame)},
+        "captions": captions,
+        "usual": table.usual_label,
+        "coverage": {n: inference.coverage_of_two_errors(n) for n in counts if n > 1},
+        "lone": [table.label(condition) for condition in table.conditions if len(condition.seeds) == 1],
+        "read": _read(analysis, source),
+        "left": LEFT,
+        "BASELINE": BASELINE,
+        "WORDS": WORDS,
+        "COMPARED": COMPARED,
+        "constants": vars(inference) | vars(learning_curves),
+    }
 
 
-def as_html(mark: str, headline: str, sections: list[Section], pictures: dict[str, bytes], command: str) -> str:
-    """The page, self-contained."""
-    body = "".join(_html(section, pictures) for section in sections)
-    return document(mark, visible(headline), body, visible(command))
+def means(analysis: Analysis) -> Frame:
+    """The main table."""
+    return _frame(
+        {
+            "condition": analysis.table.label(summary.condition),
+            "seeds": len(summary.condition.seeds),
+            "reward over training ± 2 SE": summary.means["reward"],
+            "95 % by Student's t": summary.means["reward"].estimate.interval,
+            **{WORDS[name]: summary.means[name].estimate for name in COMPARED[1:] if name in summary.means},
+        }
+        for summary in analysis.summaries
+    )
 
 
-def _html(section: Section, pictures: dict[str, bytes]) -> str:
-    words = "".join(f"<p>{escape(visible(paragraph))}</p>" for paragraph in section.words)
-    items = "".join(f"<li>{escape(visible(item))}</li>" for item in section.items)
-    listed = f"<ul>{items}</ul>" if items else ""
-    grids = "".join(_titled(grid) for grid in section.grids)
-    shown = "".join(_figure(pictures[name], caption) for name, caption in section.pictures)
-    return f"<h2>{escape(visible(section.title))}</h2>\n{words}{listed}{grids}{shown}\n"
+def tables(analysis: Analysis) -> dict[str, Frame]:
+    """All tables by name; those of paired differences have their measure's name."""
+    label, comparisons = analysis.table.label, analysis.comparisons
+    judged = claims(analysis).items()
+    return {
+        "means": means(analysis),
+        "claims": _frame(
+            {"condition": who}
+            | {claim: ": ".join(filter(None, each)) for claim, each in zip(CLAIMS, row, strict=True)}
+            for who, row in judged
+        ),
+        **{
+            name: _frame(
+                _pair(analysis, each) | _difference(each, name) for each in comparisons if name in each.paired
+            )
+            for name in COMPARED
+        },
+        "steps": _frame(
+            {"condition": label(each.condition)} | _steps(each.steps)
+            for each in comparisons
+            if each.with_baseline and each.seeds
+        ),
+        "spread": _frame(
+            _pair(analysis, each)
+            | {WORDS[name]: f"{spread.ratio}, p {p_text(spread.p_holm)}" for name, spread in each.spread.items()}
+            for each in comparisons
+            if each.spread
+        ),
+    }
 
 
-def _titled(grid: Grid) -> str:
-    title = f"<h3>{escape(visible(grid.title))}</h3>" if grid.title else ""
-    return f"{title}{html_table(grid.header, grid.rows, grid.numbers)}"
+def _frame(rows: Iterable[dict[str, Any]]) -> Frame:
+    frame = pd.DataFrame(list(rows), dtype=object)
+    return frame.where(frame.notna(), NOTHING).map(str)
 
 
-def _figure(png: bytes, caption: str) -> str:
-    data = base64.b64encode(png).decode()
-    text = escape(visible(caption))
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+def _pair(analysis: Analysis, comparison: Comparison) -> dict[str, Any]:
+    return dict(zip(("condition", "against"), analysis.names(comparison), strict=True))
+
+
+def _difference(comparison: Comparison, measure: str) -> dict[str, Any]:
+    test = comparison.paired[measure]
+    return {
+        "pairs": test.n,
+        **({"at KL": " to ".join(map(number, comparison.equal_kl))} if measure == EQUAL_KL else {}),
+        "difference": test.difference,
+        "p": p_text(test.p_holm),
+        "could be seen": number(test.detectable),
+    }
+
+
+def _steps(steps: Steps | None) -> dict[str, Any]:
+    if steps is None:
+        return {"reward to reach": f"{BASELINE} does not rise"}
+    return {
+        "reward to reach": number(steps.target),
+        "steps": steps.steps,
+        "never": NOTHING if steps.never is None else f"{100 * steps.never:.1f} %",
+        f"steps of {BASELINE}": steps.baseline_steps,
+        "ratio": steps.ratio,
+    }
+
+
+def _read(analysis: Analysis, source: str) -> list[str]:
+    """What the report was made of."""
+    table = analysis.table
+    runs = sum(len(condition.seeds) for condition in table.conditions)
+    lines = [f"{runs} runs of {len(table.conditions)} conditions, from {source}."]
+    first = table.conditions[0].settings
+    same = [f"{name} {shown(first[name])}" for name in first if name not in table.varied and first[name] is not None]
+    if same:
+        lines.append(f"In all of them: {', '.join(same)}.")
+    alike: dict[str, list[str]] = {}
+    for condition in table.conditions:
+        steps = f"{len(condition.steps)} steps ({condition.steps[0]}–{condition.steps[-1]})"
+        seeds = ", ".join(map(str, condition.seeds))
+        alike.setdefault(f"{steps} of seeds {seeds}", []).append(table.label(condition))
+    return lines + [f"{runs}: {'; '.join(labels)}." for runs, labels in alike.items()]
+
+
+def as_json(analysis: Analysis) -> dict[str, Any]:
+    """The numbers behind the texts, in full; its ``about`` says what stands where there is none."""
+    label = analysis.table.label
+    return {
+        "made_by": MARK,
+        "about": ABOUT,
+        "headline": headline(analysis),
+        "verdicts": sentences(analysis),
+        "claims": {"lines": claim_lines(analysis), "conditions": claims(analysis)},
+        "warnings": analysis.warnings,
+        "conditions": [{"label": label(each.condition)} | _plain(each) for each in analysis.summaries],
+        "comparisons": [
+            _plain(each) | {"condition": label(each.condition), "against": label(each.other)}
+            for each in analysis.comparisons
+        ],
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as objects without their curves; infinite, which only steps and their ratio are, as never."""
+    if is_dataclass(value):
+        names = [field.name for field in fields(value) if field.name not in ("curves", "other")]
+        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else "never" if value == math.inf else None
+    return value
+
+
+def write(out: Path, contents: dict[str, bytes]) -> None:
+    """All files, or none where one in the way is not a report's; pictures that are no longer drawn are removed.
+
+    Raises UserError naming the file or folder.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in contents:
+            if (out / name).exists() and not _is_ours(out / name):
+                raise UserError(f"{out / name} is not a file of abc-rlhf study report; choose another --out")
+        for name in _drawn_before(out):
+            if name not in contents and (out / name).is_file() and _is_ours(out / name):
+                (out / name).unlink()
+        for name, content in contents.items():
+            (out / name).write_bytes(content)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
+
+
+def _is_ours(file: Path) -> bool:
+    return MARK.encode() in file.read_bytes()[:START]
+
+
+def _drawn_before(out: Path) -> list[str]:
+    """Pictures that the report now there lists; none where there is none, or one that was cut off while written."""
+    try:
+        figures_then = json.loads((out / "report.json").read_bytes()).get("figures", [])
+    except (FileNotFoundError, ValueError):
+        return []
+    return [name for name in figures_then if Path(name).name == name]  # of this folder

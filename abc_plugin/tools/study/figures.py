@@ -18,10 +18,9 @@ from scipy import stats
 
 from abc_plugin.report.curves import LINES, PANEL_INCHES, THEMES
 from abc_plugin.tools.study.comparisons import EQUAL_KL, WORDS, Analysis, per_run
-from abc_plugin.tools.study.curves import WINDOW, centred
-from abc_plugin.tools.study.statistics import UPPER
+from abc_plugin.tools.study.inference import UPPER
+from abc_plugin.tools.study.learning_curves import WINDOW, centred
 from abc_plugin.tools.study.table import BASELINE, SYMBOLS, Condition, Table
-from abc_plugin.tools.study.verdict import significant
 
 MOST = 8  # conditions in one panel
 UNITS = {
@@ -170,7 +169,7 @@ def _forest(analysis: Analysis) -> Figure:
             if found := comparison.paired.get(name):
                 at = found.difference
                 error = None if at.low is None else [[at.value - at.low], [at.high - at.value]]
-                fill = COLOURS[0] if significant(found) else "white"
+                fill = COLOURS[0] if found.significant else "white"
                 axes.errorbar(at.value, place, xerr=error, fmt="o", color=COLOURS[0], markerfacecolor=fill, capsize=3)
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_title(WORDS[name], fontsize=10)

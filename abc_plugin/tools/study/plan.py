@@ -1,80 +1,142 @@
-"""A study's plan: YAML read strictly, its blocks multiplied out. What flags mean, the host says (settings.py)."""
+"""A study's plan: YAML, checked against a schema by OmegaConf, its grids multiplied out.
+
+Values are text until the host's own parser reads them (settings.py), so that no `off` is taken for False.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from abc_plugin.errors import UserError
 
-Words = tuple[str, ...]  # a flag's words on the command line; ("true",) is a switch that is on
-Block = dict[str, list[Words]]  # the values of each flag of a grid
+Words = tuple[str, ...]  # an option's words on the command line; ("true",) is a switch that is on
+Grid = dict[str, list[Words]]  # the values of each option; all combinations are runs
 
-KEYS = ("like", "driver", "out", "flags", "runs", "keep_policies", "smoke")
-DRIVERS = ("local", "ray")
 OWNED = {
     "ckpt.output_dir": "each run has a folder of its own",
     "ckpt.path": "checkpoints lie in the run's folder",
     "ckpt.load_enable": "with ckpt.save_steps a stopped run always goes on from its checkpoint",
     "logger.tensorboard_dir": "curves lie in the run's folder",
 }
-FLAG = re.compile(r"[A-Za-z][\w.]*")
+OPTION = re.compile(r"[A-Za-z][\w.]*")
 RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+@dataclass
+class Schema:
+    """The keys of a plan file."""
+
+    like: str | None = None
+    driver: Literal["local", "ray"] = "local"
+    out: str | None = None
+    flags: dict[str, Any] = field(default_factory=dict)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    keep_policies: bool = False
+    smoke: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Plan:
     """A plan, with ``smoke`` and the environment applied.
 
-    flags: what all runs have in common.  blocks: grids; ``grid`` is their runs.  keep_policies: whether finished runs
-    keep their weights.  source: the file, for messages.
+    source: the file, for messages.  common: the options that all runs share.  keep_policies: whether finished runs
+    keep their weights.
     """
 
     source: str
     driver: str
     out: str | None
-    flags: dict[str, Words]
-    blocks: list[Block]
+    common: dict[str, Words]
+    grids: list[Grid]
     keep_policies: bool
-    names: list[str] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "names", list(dict.fromkeys([*self.flags, *itertools.chain(*self.blocks)])))
+    @property
+    def names(self) -> list[str]:
+        """Every option that the plan sets."""
+        return list(dict.fromkeys([*self.common, *itertools.chain(*self.grids)]))
 
-    def grid(self) -> list[dict[str, Words]]:
-        """The flags of every run: all combinations of each block, which win over the common flags."""
+    def runs(self) -> list[dict[str, Words]]:
+        """The options of every run: all combinations of each grid, which win over the common ones."""
         return [
-            self.flags | dict(zip(block, values, strict=True))
-            for block in self.blocks
-            for values in itertools.product(*block.values())
+            self.common | dict(zip(grid, values, strict=True))
+            for grid in self.grids
+            for values in itertools.product(*grid.values())
         ]
 
     def text(self) -> str:
         """The plan as a file of its own, which ``read_plan`` reads as the same."""
         plan = {
             "driver": self.driver,
-            "flags": {name: _plain(words) for name, words in self.flags.items()},
-            "runs": [{name: [_plain(words) for words in values] for name, values in b.items()} for b in self.blocks],
-            "keep_policies": str(self.keep_policies).lower(),
+            "flags": {name: _unpacked(words) for name, words in self.common.items()},
+            "runs": [{name: [_unpacked(words) for words in grid[name]] for name in grid} for grid in self.grids],
+            "keep_policies": self.keep_policies,
         }
-        return yaml.dump(plan, Dumper=_Plain, sort_keys=False, default_flow_style=None, allow_unicode=True, width=119)
+        return OmegaConf.to_yaml(OmegaConf.create(plan))
 
 
-class _Plain(yaml.SafeDumper):
-    """All text, without the quotes that tell text from numbers."""
+def read_plan(path: str | Path, *, smoke: bool = False) -> Plan:
+    """The plan in a file. Raises UserError, naming file, value and remedy, for all that is wrong without the host."""
+    plan = _load(Path(path))
+    with _named(path):
+        if not plan.runs:
+            raise UserError("runs is empty; give grids, such as {reward_shaping: [none, abc], train.seed: 1..9}")
+        common, grids = OmegaConf.to_container(plan.flags), OmegaConf.to_container(plan.runs)
+        if smoke:
+            common, grids = _in_small(common, grids, OmegaConf.to_container(plan.smoke))
+        # The environment's variables are put in only now: those of what smoke replaces may be unset.
+        resolved = OmegaConf.to_container(OmegaConf.create({"flags": common, "runs": grids}), resolve=True)
+        return Plan(
+            source=str(path),
+            driver=plan.driver,
+            out=f"{plan.out}-smoke" if smoke and plan.out else plan.out,
+            common={name: tuple(_texts(name, value)) for name, value in resolved["flags"].items()},
+            grids=[{name: _values(name, value) for name, value in grid.items()} for grid in resolved["runs"]],
+            keep_policies=plan.keep_policies,
+        )
 
-    yaml_implicit_resolvers: dict = {}
+
+@contextlib.contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """Errors within name the file, in one line."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_explained(error)}") from None
 
 
-class _Strict(yaml.BaseLoader):
-    """Everything is text, as the host's parser wants it: no `off` that is False. A key given twice is an error."""
+def _load(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
+    """A file's plan; with ``like``, driver, flags and smoke start from that plan's."""
+    with _named(path):
+        schema, content = OmegaConf.structured(Schema), _yaml(path)
+        plan = OmegaConf.merge(schema, content)
+        for where, options in [("flags", plan.flags), ("smoke", plan.smoke), *(("runs", grid) for grid in plan.runs)]:
+            _check_names(where, options)
+        if plan.like is None:
+            return plan
+        like = path.parent / plan.like
+        if not like.is_file():
+            raise UserError(f"like {plan.like!r} is no file beside it; give the name of a plan")
+        if like.resolve() in (path.resolve(), *above):
+            raise UserError(f"like {plan.like!r} comes back to it; give a plan that is not like this one")
+    base = _load(like, (*above, path.resolve()))
+    return OmegaConf.merge(schema, OmegaConf.masked_copy(base, ["driver", "flags", "smoke"]), content)
+
+
+class _Text(yaml.BaseLoader):
+    """All scalars as text, as the host's parser wants them; a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -83,142 +145,84 @@ class _Strict(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_plan(path: str | Path, *, smoke: bool = False) -> Plan:
-    """The plan in a file. Raises UserError, naming file, value and remedy, for all that is wrong without the host."""
-    document = _read(Path(path))
+def _yaml(path: Path) -> dict[str, Any]:
+    """A file's mapping; ${NAME} is short for OmegaConf's ${oc.env:NAME}."""
     try:
-        return _plan(str(path), document, smoke)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A file's document; with ``like``, what it does not say itself of driver, flags and smoke is that plan's."""
-    try:
-        text = path.read_text(encoding="utf-8")
+        content = yaml.load(VARIABLE.sub(r"${oc.env:\1}", path.read_text(encoding="utf-8")), _Text)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}; give a plan") from None
-    try:
-        document = _yaml(text)
-        for name in ("flags", "smoke"):
-            _mapping(name, document.setdefault(name, {}))
-        if "like" not in document:
-            return document
-        like = document.pop("like")
-        if not (isinstance(like, str) and (path.parent / like).is_file()):
-            raise UserError(f"like {like!r} is no file beside it; give the name of a plan")
-        if path.resolve() in above:
-            raise UserError(f"like {like!r} comes back to it; give a plan that is not like this one")
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    base = _read(path.parent / like, (*above, path.resolve()))
-    over = {name: base[name] | document[name] for name in ("flags", "smoke")}
-    return {"driver": base.get("driver", "local")} | document | over
-
-
-def _yaml(text: str) -> dict[str, Any]:
-    try:
-        document = yaml.load(text, _Strict)
+        raise UserError(f"cannot be read: {getattr(error, 'strerror', None) or error}; give a plan") from None
     except (yaml.YAMLError, TypeError) as error:  # TypeError: a key that is a list
         where = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
         raise UserError(f"not YAML: {getattr(error, 'problem', None) or error}{where}") from None
-    if not isinstance(document, dict):
-        raise UserError(f"a plan has the keys {', '.join(KEYS)}; this file has none")
-    if unknown := [key for key in document if key not in KEYS]:
-        raise UserError(f"unknown key {unknown[0]!r}; a plan's keys are {', '.join(KEYS)}")
-    return document
+    if not isinstance(content, dict):
+        raise UserError(f"a plan has the keys {', '.join(Schema.__dataclass_fields__)}; this file has none")
+    for name, kind in {"flags": dict, "smoke": dict, "runs": list}.items():  # OmegaConf would not name the key
+        if not isinstance(content.get(name, kind()), kind):
+            raise UserError(f"{name} {str(content[name])[:40]!r} is no {kind.__name__}; see the plans in launch/study")
+    return content
 
 
-def _plan(source: str, document: dict[str, Any], smoke: bool) -> Plan:
-    driver, out = document.get("driver", "local"), document.get("out")
-    if driver not in DRIVERS:
-        raise UserError(f"driver {driver!r} is none of {', '.join(DRIVERS)}")
-    if out is not None and not (isinstance(out, str) and out):
-        raise UserError(f"out {out!r} is no directory's name")
-    keep = document.get("keep_policies", "false")
-    if keep not in ("true", "false"):
-        raise UserError(f"keep_policies {keep!r} is neither true nor false")
-    flags, over = document["flags"], document["smoke"]
-    blocks = document.get("runs")
-    if not isinstance(blocks, list) or not blocks:
-        raise UserError("runs is empty; give a list of grids such as {reward_shaping: [none, abc], train.seed: 1..10}")
-    blocks = [_mapping("runs", block) for block in blocks]
-    if smoke:
-        flags, blocks = _overridden(flags, blocks, over)
-        out = out and f"{out}-smoke"
-    return Plan(
-        source,
-        driver,
-        out,
-        {name: tuple(_scalars(name, value)) for name, value in flags.items()},
-        [{name: _values(name, value) for name, value in block.items()} for block in blocks],
-        keep == "true",
-    )
+def _explained(error: OmegaConfBaseException) -> str:
+    """One line of an error of OmegaConf."""
+    reason = str(error).splitlines()[0].replace(Schema.__name__, "a plan")
+    if "Environment variable" in reason:
+        name = reason.split("'")[1]
+        return f"{error.full_key} needs the environment variable {name}, which is not set; export {name}=… first"
+    return f"{error.full_key}: {reason}; a plan's keys are {', '.join(Schema.__dataclass_fields__)}"
 
 
-def _overridden(flags: dict, blocks: list[dict], over: dict) -> tuple[dict, list[dict]]:
-    """What ``smoke`` makes of a plan: its values replace the blocks', where a block has the flag, and the common ones.
+def _in_small(common: dict, grids: list[dict], smoke: dict) -> tuple[dict, list[dict]]:
+    """``smoke`` replaces values of the grids that have the option, and common ones.
 
-    A list replaces only the blocks' where one has the flag: there it is a grid, in ``flags`` the words of one value.
+    A list for an option of a grid is a list of values, so it does not become the common value.
     """
-    blocks = [block | {name: over[name] for name in block if name in over} for block in blocks]
-    in_a_block = set(itertools.chain(*blocks))
-    common = {name: value for name, value in over.items() if name not in in_a_block or isinstance(value, str)}
-    only_blocks = {name for name in common if all(name in block for block in blocks)}
-    return flags | {name: value for name, value in common.items() if name not in only_blocks}, blocks
+    varied = set(itertools.chain(*grids))
+    shared = {name: value for name, value in smoke.items() if name not in varied or isinstance(value, str)}
+    return common | shared, [grid | {name: smoke[name] for name in grid if name in smoke} for grid in grids]
 
 
-def _mapping(where: str, value: object) -> dict[str, Any]:
-    """A mapping of flags to values. Raises UserError for another thing, and for names that are no flags of a plan."""
-    if not isinstance(value, dict) or (where == "runs" and not value):
-        given = "empty" if value in ("", {}, []) else f"{str(value)[:40]!r}"
-        raise UserError(f"{where} has to map flags to values, such as algo.kl.init_coef: 0.1; this is {given}")
-    for name in value:
-        if not isinstance(name, str) or not FLAG.fullmatch(name):
+def _check_names(where: str, options: dict[str, Any]) -> None:
+    if where == "runs" and not options:
+        raise UserError("runs has an empty grid; map options to values, such as algo.kl.init_coef: [0.1, 0.2]")
+    for name in options:
+        if not OPTION.fullmatch(name):
             raise UserError(f"{where}: {name!r} is no flag's name; write it without dashes, as in train.seed")
         if name in OWNED:
             raise UserError(f"{where}: {name} is the study's own business ({OWNED[name]}); leave it out")
-    return value
 
 
 def _values(name: str, value: object) -> list[Words]:
-    """A grid's values of one flag: ranges written out, each once."""
-    scalars = []
-    for scalar in _scalars(name, value):
-        span = RANGE.fullmatch(scalar)
-        scalars += [scalar] if span is None else map(str, range(int(span[1]), int(span[2]) + 1))
-        if span and int(span[2]) < int(span[1]):
-            raise UserError(f"{name}: the range {scalar} is empty; write the smaller end first")
-    return [(scalar,) for scalar in dict.fromkeys(scalars)]
+    """A grid's values of one option: ranges written out, each once."""
+    values: list[str] = []
+    for text in _texts(name, value):
+        ends = RANGE.fullmatch(text)
+        values += [text] if ends is None else map(str, range(int(ends[1]), int(ends[2]) + 1))
+        if ends and int(ends[2]) < int(ends[1]):
+            raise UserError(f"{name}: the range {text} is empty; write the smaller end first")
+    return [(each,) for each in dict.fromkeys(values)]
 
 
-def _scalars(name: str, value: object) -> list[str]:
-    """One value, or a list of them, the environment's variables put in."""
-    scalars = value if isinstance(value, list) else [value]
-    if not scalars:
+def _texts(name: str, value: object) -> list[str]:
+    """One value, or a list of them."""
+    texts = value if isinstance(value, list) else [value]
+    if not texts:
         raise UserError(f"{name}: an empty list makes no run; give it a value")
-    for scalar in scalars:
-        if not isinstance(scalar, str):
-            raise UserError(f"{name}: {str(scalar)[:40]} is no single value; give a word or number, or a list of them")
-        if not scalar:
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"{name}: {str(text)[:40]} is no single value; give a word or number, or a list of them")
+        if not text:
             raise UserError(f"{name} has no value; give it one, true for a switch")
-    return [VARIABLE.sub(lambda match: _variable(name, match[1]), scalar) for scalar in scalars]
+    return texts
 
 
-def _variable(flag: str, name: str) -> str:
-    if not os.environ.get(name):
-        raise UserError(f"{flag} needs the environment variable {name}, which is not set; export {name}=… first")
-    return os.environ[name]
-
-
-def _plain(words: Words) -> str | list[str]:
+def _unpacked(words: Words) -> str | list[str]:
     return words[0] if len(words) == 1 else list(words)
 
 
-def command_words(flags: dict[str, Words]) -> list[str]:
-    """A command line's words; a switch that is true is its flag alone, one that is false is left out."""
+def command_words(options: dict[str, Words]) -> list[str]:
+    """A command line's words; a switch that is true is its name alone, one that is false is left out."""
     words = []
-    for name, values in flags.items():
+    for name, values in options.items():
         if values != ("false",):
             words += [f"--{name}", *(() if values == ("true",) else values)]
     return words

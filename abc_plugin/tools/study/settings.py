@@ -1,4 +1,4 @@
-"""What a plan's flags mean: asked from the host's own parser, in a process of its own."""
+"""What a plan's options mean: asked from the host's own parser, in a process of its own."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from abc_plugin.errors import UserError
 from abc_plugin.tools.study.plan import Plan, Words, command_words
-from abc_plugin.tools.study.table import CREDIT_SETTINGS
+from abc_plugin.tools.study.table import BASELINE, CREDIT_SETTINGS
 
-# Short names of columns; every other flag keeps its name. The first, second and last are always there.
+# Short names of columns; every other option keeps its name. The first, second and last are always there.
 COLUMNS = {
     "reward_shaping": "method",
     "shaping.beta": "beta",
@@ -32,14 +32,14 @@ ALWAYS = ("reward_shaping", "shaping.beta", "train.seed")
 class Run:
     """One training of a study.
 
-    flags: what its command line says.  settings: what the host makes of every flag that the study names, as text;
+    options: those on its command line.  settings: what the host makes of every option that the study names, as text;
     equal settings are the same run.  steps: PPO steps it will make; None where nobody can know.  name: its folder.
     """
 
-    flags: dict[str, Words]
+    options: dict[str, Words]
     settings: dict[str, str]
     steps: int | None = None
-    name: str = field(default="")
+    name: str = ""
 
     @property
     def identity(self) -> frozenset:
@@ -48,8 +48,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Resolved:
-    """The host's answer: the plan's runs, each once and seed by seed, the older ones', the number of GPUs, and what
-    computes here."""
+    """The host's answer: the plan's runs, each once and seed by seed; the older ones; what is installed here."""
 
     runs: list[Run]
     older: list[Run]
@@ -58,33 +57,35 @@ class Resolved:
 
 
 def resolve(plan: Plan, older: dict[str, dict[str, Words]]) -> Resolved:
-    """Ask the host what the flags of the plan's runs mean, and those of the runs that are there already, by name.
+    """Ask the host what the options of the plan's runs mean, and those of the runs that are there already, by name.
 
     Seeds come first in the order of the runs: a study that is stopped early has all methods of the same seeds.
-    Raises UserError for what a run's own checks would refuse, of flags, models and prompts.
+    Raises UserError for what a run's own checks would refuse: options, models and prompts.
     """
-    grid = plan.grid()
-    names = list(dict.fromkeys([*ALWAYS, *plan.names, *(name for flags in older.values() for name in flags)]))
-    question = {
-        "driver": plan.driver,
-        "names": names,
-        "commands": [command_words(flags) for flags in grid],
-        "parse_only": [command_words(flags) for flags in older.values()],
-    }
-    answer = ask_host(question)
-    if "error" in answer and "run" not in answer:
-        raise UserError(f"{plan.source}: {answer['error']}")
+    planned = plan.runs()
+    answer = ask_host(
+        {
+            "driver": plan.driver,
+            "names": list(dict.fromkeys([*ALWAYS, *plan.names, *(name for each in older.values() for name in each)])),
+            "commands": [command_words(options) for options in planned],
+            "parse_only": [command_words(options) for options in older.values()],
+        }
+    )
     if "error" in answer:
-        flags = [*grid, *older.values()][answer["run"]]
-        own = [f"{name} {' '.join(words)}" for name, words in flags.items() if plan.flags.get(name) != words]
-        raise UserError(f"{plan.source}: {answer['error']} [run: {', '.join(own)}]")
-    values = [_settings(value) for value in answer["values"]]
-    runs = [Run(*each) for each in zip(grid, values, answer["steps"], strict=False)]
-    there = [Run(flags, values[len(grid) + i], name=name) for i, (name, flags) in enumerate(older.items())]
-    once = {run.identity: run for run in reversed(runs)}
-    first = {run.identity: place for place, run in reversed(list(enumerate(runs)))}
+        own = ""
+        if "run" in answer:
+            options = [*planned, *older.values()][answer["run"]]
+            words = [f"{name} {' '.join(each)}" for name, each in options.items() if plan.common.get(name) != each]
+            own = f" [run: {', '.join(words)}]"
+        raise UserError(f"{plan.source}: {answer['error']}{own}")
+    settings = [_settings(values) for values in answer["values"]]
+    runs = [Run(*each) for each in zip(planned, settings, answer["steps"], strict=False)]
+    unique: dict[frozenset, Run] = {}
+    for run in runs:
+        unique.setdefault(run.identity, run)
     seeds = list(dict.fromkeys(run.settings["train.seed"] for run in runs))
-    ordered = sorted(once.values(), key=lambda run: (seeds.index(run.settings["train.seed"]), first[run.identity]))
+    ordered = sorted(unique.values(), key=lambda run: seeds.index(run.settings["train.seed"]))
+    there = [Run(older[name], made, name=name) for name, made in zip(older, settings[len(planned) :], strict=True)]
     return Resolved(ordered, there, answer["gpus"], answer["versions"])
 
 
@@ -104,7 +105,7 @@ def ask_host(question: dict[str, Any]) -> dict[str, Any]:
 
 def _settings(values: dict[str, Any]) -> dict[str, str]:
     settings = {name: text(value) for name, value in values.items()}
-    if settings["reward_shaping"] == "none":  # they move nothing
+    if settings["reward_shaping"] == BASELINE:  # they change nothing there
         settings |= {name: "" for name in settings if column(name) in CREDIT_SETTINGS}
     return settings
 
@@ -120,42 +121,39 @@ def text(value: Any) -> str:
     return repr(int(value) if value.is_integer() else value) if isinstance(value, float) else str(value)
 
 
-def column(flag: str) -> str:
-    """A flag's name as a column of results.csv."""
-    return COLUMNS.get(flag, flag)
+def column(option: str) -> str:
+    """An option's name as a column of results.csv."""
+    return COLUMNS.get(option, option)
 
 
 def columns(runs: Iterable[Run]) -> list[str]:
-    """The flags that are columns: method, beta, all others of which the runs have several values, seed.
+    """The options that are columns: method, beta, all others of which the runs have several values, seed.
 
-    A flag that all runs are given alike is none, though the host may make something else of it in some: of a critic's
-    path under an estimator without critic. The flag that it follows tells those apart.
+    An option that all runs are given alike is none, though the host may make something else of it in some: of a
+    critic's path under an estimator without critic. The option that it follows tells those apart.
     """
     runs = list(runs)
-    named = dict.fromkeys([*COLUMNS, *sorted(name for run in runs for name in run.settings)])
-    both = {name: ({run.settings.get(name) for run in runs}, {run.flags.get(name) for run in runs}) for name in named}
-    varied = [name for name, (values, words) in both.items() if len(values) > 1 and len(words) > 1]
+    names = dict.fromkeys([*COLUMNS, *sorted({name for run in runs for name in run.settings})])
+    varied = [
+        name
+        for name in names
+        if len({run.settings.get(name) for run in runs}) > 1 and len({run.options.get(name) for run in runs}) > 1
+    ]
     return [*ALWAYS[:2], *(name for name in varied if name not in ALWAYS), ALWAYS[2]]
 
 
 def give_names(runs: list[Run], older: list[Run]) -> None:
     """Each run the name of the folder it has, or a new one that tells its varied settings."""
     folders = {run.identity: run.name for run in older}
-    varied, taken = columns([*older, *runs]), {run.name for run in older}
+    (method, *others), taken = columns([*older, *runs]), {run.name for run in older}
     for run in runs:
-        run.name = folders.get(run.identity) or _free(_name(run, varied), taken)
+        parts = [f"{column(name)}{_last_part(run.settings[name])}" for name in others if run.settings[name]]
+        name = re.sub(r"[^\w.+-]", "_", "-".join([run.settings[method], *parts]))
+        free = [name, *(f"{name}~{n}" for n in range(2, len(taken) + 2))]
+        run.name = folders.get(run.identity) or next(each for each in free if each not in taken)
         taken.add(run.name)
 
 
-def _name(run: Run, varied: list[str]) -> str:
-    method, *others = varied
-    parts = [f"{column(name)}{_short(run.settings[name])}" for name in others if run.settings[name]]
-    return re.sub(r"[^\w.+-]", "_", "-".join([run.settings[method], *parts]))
-
-
-def _short(setting: str) -> str:
+def _last_part(setting: str) -> str:
+    """Of a path its last part."""
     return setting.rstrip("/").rpartition("/")[2] or setting
-
-
-def _free(name: str, taken: set[str]) -> str:
-    return next(free for n in range(1, len(taken) + 2) if (free := f"{name}~{n}" if n > 1 else name) not in taken)

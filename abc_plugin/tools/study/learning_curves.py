@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from abc_plugin.tools.study.statistics import UPPER, Estimate, t_interval
+from abc_plugin.tools.study.inference import UPPER, Estimate, t_interval
 
 WINDOW = 5  # steps of the centred mean that smooths a curve
 LAST = 10  # steps that count as the end of a run
@@ -33,7 +33,7 @@ def centred(curve_T: np.ndarray) -> np.ndarray:
     steps, which hides ratios of steps, and a mean cut off at the start begins too high.
     """
     length = curve_T.shape[-1]
-    sums = np.concatenate([np.zeros_like(curve_T[..., :1]), np.cumsum(curve_T, axis=-1)], axis=-1)
+    sums = np.insert(np.cumsum(curve_T, axis=-1), 0, 0.0, axis=-1)
     at = np.arange(length)
     reach = np.minimum(np.minimum(at, length - 1 - at), WINDOW // 2)
     return (sums[..., at + reach + 1] - sums[..., at - reach]) / (2 * reach + 1)
@@ -48,8 +48,8 @@ def crossing(curve_BT: np.ndarray, steps_T: np.ndarray, target_B: np.ndarray) ->
     low_B, high_B = smooth_BT[row_B, before_B], smooth_BT[row_B, at_B]
     rise_B = np.where(high_B > low_B, high_B - low_B, 1.0)
     share_B = np.where(at_B > 0, (target_B - low_B) / rise_B, 0.0)
-    found_B = steps_T[before_B] + share_B * (steps_T[at_B] - steps_T[before_B])
-    return np.where(reached_BT.any(1), found_B, math.inf)
+    crossed_B = steps_T[before_B] + share_B * (steps_T[at_B] - steps_T[before_B])
+    return np.where(reached_BT.any(1), crossed_B, math.inf)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,12 @@ class Steps:
     never: float | None
     baseline_steps: Estimate
     ratio: Estimate  # steps over baseline_steps
-    late_rise: Estimate | None  # of the baseline: above 0, it has no plateau by its end
+    late_rise: Estimate | None  # of the baseline
+
+    @property
+    def still_rises(self) -> bool:
+        """Whether the baseline has no plateau by its end."""
+        return self.late_rise is not None and self.late_rise.sign > 0
 
 
 def rises(baseline_NT: np.ndarray) -> bool:
@@ -113,9 +118,9 @@ def _bootstrap(values_B: np.ndarray, n: int) -> Estimate:
     if n < FEWEST:
         return Estimate(value)
     tail = float(stats.norm.sf(math.sqrt(n / (n - 1)) * stats.t.ppf(UPPER, n - 1)))
-    ordered = np.sort(values_B[1:])
-    place = min(int(tail * len(ordered)), len(ordered) - 1)
-    return Estimate(value, float(ordered[place]), float(ordered[-1 - place]))
+    ordered = np.sort(values_B[1:])  # not scipy's bootstrap, whose interpolation between infinite values is NaN
+    rank = min(int(tail * len(ordered)), len(ordered) - 1)
+    return Estimate(value, float(ordered[rank]), float(ordered[-1 - rank]))
 
 
 def frontier(kl_T: np.ndarray, reward_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

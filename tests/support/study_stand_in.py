@@ -100,9 +100,9 @@ def remembered(ask: Callable) -> Callable:
         file = Path("answer.json")
         if not file.exists():
             file.write_text(json.dumps(ask(question)))
-        said = json.loads(file.read_text())
+        kept = json.loads(file.read_text())
         runs = [question["commands"].index(words) for words in commands(question)]
-        return said | {"values": [said["values"][run] for run in runs]}
+        return kept | {"values": [kept["values"][run] for run in runs]}
 
     return asked
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from abc_plugin import cli
-from abc_plugin.errors import UserError
 from abc_plugin.host.imports import import_host
 from abc_plugin.local import command_lines as host_flags
 from abc_plugin.tools.study import settings
@@ -53,13 +52,13 @@ def plan_file(tmp_path, monkeypatch):
 
 def varied(plan) -> list[tuple[str, ...]]:
     """The runs' own values, in the order in which their block names the flags."""
-    return [tuple(flags[name][0] for name in flags if name not in plan.flags) for flags in plan.grid()]
+    return [tuple(words[0] for name, words in run.items() if name not in plan.common) for run in plan.runs()]
 
 
 def test_a_plan_is_the_union_of_its_grids(plan_file):
     plan = read_plan(plan_file(EXAMPLE))
     assert plan.driver == "local" and plan.out == "runs/x" and plan.keep_policies is False
-    assert plan.flags == {
+    assert plan.common == {
         "actor.model_name_or_path": ("/here/policy",),
         "algo.advantage.lambd": ("0.95",),
         "actor.adam.betas": ("0.9", "0.999"),
@@ -70,7 +69,7 @@ def test_a_plan_is_the_union_of_its_grids(plan_file):
         *[("abc", "0.8", "7"), ("abc", "0.8", "-1"), ("abc", "0.8", "0")],
         *[("abc", "1.0", "7"), ("abc", "1.0", "-1"), ("abc", "1.0", "0")],
     ]
-    assert shlex.join(command_words(plan.grid()[0])) == (
+    assert shlex.join(command_words(plan.runs()[0])) == (
         "--actor.model_name_or_path /here/policy --algo.advantage.lambd 0.95 --actor.adam.betas 0.9 0.999 "
         "--ds.load_in_4bit --reward_shaping none --train.seed 1"
     )
@@ -84,16 +83,16 @@ def test_smoke_replaces_the_values_of_the_blocks_that_have_the_flag_and_the_comm
         ("abc", "1"),
         ("abc", "2"),
     ]
-    assert plan.flags["data.max_samples"] == ("8",) and plan.flags["shaping.beta"] == ("0.5",)
-    assert "train.seed" not in plan.flags
+    assert plan.common["data.max_samples"] == ("8",) and plan.common["shaping.beta"] == ("0.5",)
+    assert "train.seed" not in plan.common
 
 
 @pytest.mark.parametrize("smoke", [False, True])
 def test_the_frozen_plan_reads_as_the_same(plan_file, tmp_path, smoke):
     plan = read_plan(plan_file(EXAMPLE), smoke=smoke)
-    (tmp_path / "frozen.yaml").write_text(plan.text())
+    (tmp_path / "frozen.yaml").write_text(plan.text)
     again = read_plan(tmp_path / "frozen.yaml")
-    assert (again.flags, again.grid(), again.text()) == (plan.flags, plan.grid(), plan.text())
+    assert (again.common, again.runs(), again.text) == (plan.common, plan.runs(), plan.text)
 
 
 def test_a_plan_like_another_says_only_what_it_changes(plan_file, tmp_path):
@@ -102,12 +101,12 @@ def test_a_plan_like_another_says_only_what_it_changes(plan_file, tmp_path):
         "like: plan.yaml\nflags: {data.max_len: 96}\nruns: [{train.seed: 1..2}]\nsmoke: {data.max_samples: 4}"
     )
     base, plan = read_plan(path), read_plan(tmp_path / "other.yaml")
-    assert plan.flags == base.flags | {"data.max_len": ("96",)} and plan.driver == base.driver
+    assert plan.common == base.common | {"data.max_len": ("96",)} and plan.driver == base.driver
     assert varied(plan) == [("1",), ("2",)] and plan.out is None  # runs and place are its own
     small = read_plan(tmp_path / "other.yaml", smoke=True)
     assert small.flags["data.max_samples"] == ("4",) and varied(small) == [("1",), ("2",)]
     (tmp_path / "third.yaml").write_text("like: other.yaml\nruns: [{train.seed: 1}]")
-    assert read_plan(tmp_path / "third.yaml").flags == plan.flags
+    assert read_plan(tmp_path / "third.yaml").common == plan.common
 
 
 RUNS = "runs: [{train.seed: 1}]"
@@ -116,29 +115,30 @@ REFUSED = {
     "- a": "this file has none",
     "runs: [": "not YAML",
     "runs: [{[a, b]: 1}]": "not YAML",
-    f"like: [a]\n{RUNS}": "like ['a'] is no file beside it",
+    f"like: [a]\n{RUNS}": "like: Cannot convert 'ListConfig' to string: '['a']'",
     f"like: none.yaml\n{RUNS}": "like 'none.yaml' is no file beside it",
     f"like: plan.yaml\n{RUNS}": "like 'plan.yaml' comes back to it",
-    f"speed: 3\n{RUNS}": "unknown key 'speed'",
-    f"driver: slurm\n{RUNS}": "driver 'slurm' is none of local, ray",
-    f"keep_policies: perhaps\n{RUNS}": "keep_policies 'perhaps'",
-    f"out: [a]\n{RUNS}": "out ['a']",
+    f"speed: 3\n{RUNS}": "Key 'speed' not in 'a plan'; a plan's keys are like, driver,",
+    f"driver: slurm\n{RUNS}": "driver: Invalid value 'slurm', expected one of ['local', 'ray']",
+    f"keep_policies: perhaps\n{RUNS}": "keep_policies: Value 'perhaps' is not a valid bool",
+    f"out: [a]\n{RUNS}": "out: Cannot convert 'ListConfig' to string: '['a']'",
     f"{RUNS}\n{RUNS}": "'runs' is there twice",
     "runs: [{train.seed: 1, train.seed: 2}]": "'train.seed' is there twice, line 1",
     "flags: {}": "runs is empty",
     "runs: []": "runs is empty",
-    "runs: {train.seed: 1}": "runs is empty",
-    "runs: [{}]": "runs has to map flags to values",
-    "runs: [none]": "this is 'none'",
+    "runs: {train.seed: 1}": "is no list",
+    "runs: [{}]": "runs has an empty grid",
+    "runs: [none]": "Cannot assign str to Dict[str, Any]",
     "runs: [{train.seed: []}]": "train.seed: an empty list makes no run",
     "runs: [{train.seed: 3..1}]": "the range 3..1 is empty",
     "runs: [{train.seed: }]": "train.seed has no value",
     "runs: [{train.seed: [[1, 2]]}]": "is no single value",
     "runs: [{train.seed: {a: 1}}]": "is no single value",
-    f"flags: [a]\n{RUNS}": "flags has to map flags to values",
+    f"flags: [a]\n{RUNS}": "is no dict",
     f"flags: {{--train.seed: 1}}\n{RUNS}": "'--train.seed' is no flag's name; write it without dashes",
     f"flags: {{data.max_len: }}\n{RUNS}": "data.max_len has no value",
     f"flags: {{data.max_len: '${{NOT_SET_ANYWHERE}}'}}\n{RUNS}": "environment variable NOT_SET_ANYWHERE",
+    f"flags: {{data.max_len: '${{a.b}}'}}\n{RUNS}": "flags.data.max_len: Interpolation key 'a.b' not found",
     **{f"flags: {{{name}: x}}\n{RUNS}": f"{name} is the study's own business" for name in OWNED},
 }
 
@@ -147,8 +147,8 @@ REFUSED = {
 def test_a_wrong_plan_is_one_line_that_names_what_is_wrong(plan_file, content, tmp_path, capsys):
     path = plan_file(content)
     assert cli.main(["study", str(path), "--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"abc-rlhf: error: {path}: ") and REFUSED[content] in said and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"abc-rlhf: error: {path}: ") and REFUSED[content] in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -163,14 +163,14 @@ def test_a_plan_that_is_not_there_or_names_no_directory(plan_file, tmp_path, cap
 def setting(value: str = "1", **more: str) -> Run:
     values = {"reward_shaping": "abc", "shaping.beta": "0.8", "train.seed": "1"} | more
     values |= {"algo.advantage.lambd": value}
-    return Run({name: (said,) for name, said in values.items() if said}, values)
+    return Run({name: (value,) for name, value in values.items() if value}, values)
 
 
 def test_columns_and_names_tell_what_varies():
     none = {"reward_shaping": "none", "shaping.beta": ""}
     runs = [setting("1", **{"data.x": "/a/c"}), setting("0.95", **none | {"data.x": "/a/b"})]
     for run, made in zip(runs, ("/a/critic", ""), strict=True):  # of the same flag, as by an estimator without critic
-        run.flags["critic.x"], run.settings["critic.x"] = ("/a/critic",), made
+        run.options["critic.x"], run.settings["critic.x"] = ("/a/critic",), made
     assert columns(runs) == ["reward_shaping", "shaping.beta", "algo.advantage.lambd", "data.x", "train.seed"]
     give_names(runs, [])
     assert [run.name for run in runs] == ["abc-beta0.8-lambda1-data.xc-seed1", "none-lambda0.95-data.xb-seed1"]
@@ -187,11 +187,11 @@ def test_a_run_that_is_there_keeps_its_folder_when_the_plan_grows():
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "expected"),
     [(1, "1"), (1.0, "1"), (0.95, "0.95"), (1e-5, "1e-05"), (None, ""), (True, "true"), ([0.9, 1.0], "0.9 1")],
 )
-def test_equal_numbers_read_the_same(value, said):
-    assert text(value) == said
+def test_equal_numbers_read_the_same(value, expected):
+    assert text(value) == expected
 
 
 @pytest.fixture
@@ -224,10 +224,10 @@ def test_the_host_completes_the_settings_and_counts_the_steps(asked, plan_file, 
   - {reward_shaping: abc, algo.advantage.lambd: [1.0, 0.5], train.seed: 4, train.num_episodes: 2}
 """
     plan = read_plan(plan_file(tiny_plan(tiny, blocks)))
-    found = resolve(plan, {"old": plan.flags | {"reward_shaping": ("none",), "data.input_key": ("input",)}})
-    give_names(found.runs, found.older)
+    resolved = resolve(plan, {"old": plan.common | {"reward_shaping": ("none",), "data.input_key": ("input",)}})
+    give_names(resolved.runs, resolved.older)
     # 20 prompts in rollouts of 8 are 3 steps; `abc` at beta 0.8 and `none` are in two blocks, and run once.
-    assert [(run.name, run.steps) for run in found.runs] == [
+    assert [(run.name, run.steps) for run in resolved.runs] == [
         ("none-lambda1-train.num_episodes1-seed5", 3),
         ("abc-beta0.8-lambda1-train.num_episodes1-seed5", 3),
         ("abc-beta1-lambda1-train.num_episodes1-seed5", 3),
@@ -237,10 +237,10 @@ def test_the_host_completes_the_settings_and_counts_the_steps(asked, plan_file, 
         ("abc-beta0.8-lambda1-train.num_episodes2-seed4", 6),
         ("abc-beta0.8-lambda0.5-train.num_episodes2-seed4", 6),
     ]
-    [old] = found.older
+    [old] = resolved.older
     assert (old.settings["train.seed"], old.settings["shaping.beta"]) == ("42", "")
-    assert {run.settings["data.input_key"] for run in found.runs} == {"input"}  # which only the older run says
-    assert found.gpus >= 0
+    assert {run.settings["data.input_key"] for run in resolved.runs} == {"input"}  # which only the older run names
+    assert resolved.gpus >= 0
 
 
 HOST_REFUSES = {
@@ -263,9 +263,9 @@ def test_what_the_host_or_a_runs_checks_refuse_is_refused_before_any_run(
     blocks = f"  - {{{wrong}}}\n  - {{reward_shaping: none, train.seed: 1}}"
     plan = plan_file(tiny_plan(tiny, blocks))
     assert cli.main(["study", str(plan), "--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"abc-rlhf: error: {plan}: ") and HOST_REFUSES[wrong] in said
-    assert f"[run: {wrong.replace(': ', ' ')}]" in said or "unknown flag" in said
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"abc-rlhf: error: {plan}: ") and HOST_REFUSES[wrong] in error
+    assert f"[run: {wrong.replace(': ', ' ')}]" in error or "unknown flag" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -303,22 +303,22 @@ def test_a_paper_plan_has_the_flags_of_its_script(name, tmp_path, monkeypatch):
         monkeypatch.setenv(variable, value)
     plan = read_plan(ROOT / "launch" / "study" / f"{name}.yaml")
     environment = {
-        "POLICY": plan.flags["actor.model_name_or_path"][0],
-        "REWARD_MODEL": plan.flags["reward.model_name_or_path"][0],
+        "POLICY": plan.common["actor.model_name_or_path"][0],
+        "REWARD_MODEL": plan.common["reward.model_name_or_path"][0],
         "PROMPTS": str(ROOT / "setup.py") if script != "tldr_gptj" else "trl-lib/tldr",
     }
     theirs = flags_of(f"launch/paper/{script}.sh", environment, tmp_path)
     assert theirs.pop("reward_shaping") == "abc"  # which the plan varies
     for name in OWNED:
         theirs.pop(name, None)
-    assert {name: " ".join(words) for name, words in plan.flags.items()} == theirs | other
+    assert {name: " ".join(words) for name, words in plan.common.items()} == theirs | other
 
 
 def test_the_embedded_plan_has_the_flags_of_the_quickstart(tmp_path, monkeypatch):
     monkeypatch.setenv("DEMO", "demo")
     plan = read_plan(ROOT / "launch" / "study" / "embedded.yaml")
     theirs = flags_of("launch/imdb.sh", {"DEMO": "demo"}, tmp_path, "train OUT")
-    ours = {name: " ".join(words) for name, words in plan.flags.items() if name != "shaping.show_every"}
+    ours = {name: " ".join(words) for name, words in plan.common.items() if name != "shaping.show_every"}
     assert ours == {name: words for name, words in theirs.items() if name not in OWNED}
 
 
@@ -329,10 +329,10 @@ def test_the_plans_in_small_are_runs_that_the_host_takes(asked, path, tiny, monk
     monkeypatch.setenv("DEMO", str(tiny))
     monkeypatch.setattr(checks, "check_models", lambda *_: None)  # those of the embedded ones take their time
     plan = read_plan(path, smoke=True)
-    found = resolve(plan, {})
-    assert {run.settings["train.seed"] for run in found.runs} == {"1", "2"}
-    assert {run.steps for run in found.runs} == {2} and 4 <= len(found.runs) <= 18
-    assert {"none", "abc"} <= {run.settings["reward_shaping"] for run in found.runs}
+    resolved = resolve(plan, {})
+    assert {run.settings["train.seed"] for run in resolved.runs} == {"1", "2"}
+    assert {run.steps for run in resolved.runs} == {2} and 4 <= len(resolved.runs) <= 18
+    assert {"none", "abc"} <= {run.settings["reward_shaping"] for run in resolved.runs}
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
@@ -350,10 +350,14 @@ def test_a_host_that_cannot_be_asked_is_no_silent_default(monkeypatch):
 def test_smoke_lists_stay_out_of_the_common_flags(plan_file):
     content = "flags: {rollout.max_new_tokens: 9}\nruns: [{rollout.max_new_tokens: [1, 2]}, {train.seed: 1}]\n"
     plan = read_plan(plan_file(content + "smoke: {rollout.max_new_tokens: [3, 4]}"), smoke=True)
-    assert plan.flags == {"rollout.max_new_tokens": ("9",)}
-    assert [run["rollout.max_new_tokens"] for run in plan.grid()] == [("3",), ("4",), ("9",)]
-    with pytest.raises(UserError, match="at least|is none of|needs the environment"):
-        read_plan(plan_file("runs: [{data.x: '${UNSET_HERE}'}]"))
+    assert plan.common == {"rollout.max_new_tokens": ("9",)}
+    assert [run["rollout.max_new_tokens"] for run in plan.runs()] == [("3",), ("4",), ("9",)]
+
+
+def test_values_are_text_until_the_host_reads_them(plan_file):
+    """YAML would make False of off, 8 of 010 and 90 of 1:30."""
+    plan = read_plan(plan_file("runs: [{a: [off, 010, 1:30, 1e-5, null, true]}]"))
+    assert plan.grids == [{"a": [("off",), ("010",), ("1:30",), ("1e-5",), ("null",), ("true",)]}]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import study_stand_in
 
 from abc_plugin import cli
 from abc_plugin.errors import UserError
-from abc_plugin.tools.study import directory, progress, runner, settings
+from abc_plugin.tools.study import directory, runner, settings
 from abc_plugin.tools.study.plan import OWNED
 from abc_plugin.tools.study.settings import Run
 
@@ -36,7 +36,7 @@ class Call:
         (root / "plan.yaml").write_text(plan)
         words = [sys.executable, study_stand_in.__file__, "study", "plan.yaml", "--out", "out", *options]
         environment = os.environ | {"STARTS": str(self.starts)} | environment
-        self.log = open(root / "said.txt", "w+")  # noqa: SIM115
+        self.log = open(root / "output.txt", "w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             words,
             cwd=root,
@@ -54,11 +54,11 @@ class Call:
     def until(self, ready) -> None:
         deadline = time.monotonic() + 60
         while not ready() and self.process.poll() is None:
-            assert time.monotonic() < deadline, self.said()
+            assert time.monotonic() < deadline, self.output()
             time.sleep(0.02)
-        assert self.process.poll() is None, self.said()
+        assert self.process.poll() is None, self.output()
 
-    def said(self) -> str:
+    def output(self) -> str:
         self.log.seek(0)
         return self.log.read()
 
@@ -130,7 +130,7 @@ def test_a_study_interrupted_three_times_ends_as_one_that_was_not(tmp_path):
     call.until(lambda: len(call.running()) == 8)
     begun = time.monotonic()
     assert call.ended(signal.SIGINT) == 130 and time.monotonic() - begun < runner.GRACE - 2
-    assert "the same command goes on:\n  abc-rlhf study plan.yaml --out out --jobs 2" in call.said()
+    assert "the same command goes on:\n  abc-rlhf study plan.yaml --out out --jobs 2" in call.output()
     assert not any(alive(pid) for _, pid in call.running())
 
     assert Call(broken, PLAN, "--jobs", "6").ended() == 0
@@ -143,8 +143,8 @@ def test_a_study_interrupted_three_times_ends_as_one_that_was_not(tmp_path):
 
 def test_the_tables_hold_every_step_of_every_run_and_nothing_of_time(here, capsys):
     assert study(PLAN) == 0
-    said = capsys.readouterr().out
-    assert "6 of 6 runs are finished in out: results.csv" in said and "abc-rlhf study report out" in said
+    printed = capsys.readouterr().out
+    assert "6 of 6 runs are finished in out: results.csv" in printed and "abc-rlhf study report out" in printed
     lines = Path("out/results.csv").read_text().splitlines()
     assert lines[0] == HEADER and len(lines) == 1 + 6 * 3
     assert not list(Path("out").rglob("*.safetensors")) and not list(Path("out").rglob("checkpoints"))
@@ -186,9 +186,9 @@ def test_weights_of_finished_runs_go_unless_the_plan_keeps_them(here):
 def test_a_run_that_fails_is_named_the_others_go_on_and_it_is_tried_again(here, capsys, monkeypatch, seed, why):
     plan = ONE.replace("SEED", f"[{seed}, 1]")
     assert study(plan) == 1
-    said = capsys.readouterr()
-    assert f"none-seed{seed} failed: {why}" in said.out
-    assert f"1 failed: none-seed{seed}; 1 of 2 runs are finished in out" in said.err
+    printed = capsys.readouterr()
+    assert f"none-seed{seed} failed: {why}" in printed.out
+    assert f"1 failed: none-seed{seed}; 1 of 2 runs are finished in out" in printed.err
     assert {row["seed"] for row in rows()} == {"1"}
     assert not Path(f"out/none-seed{seed}/curve.csv").exists()
     if seed == 13:
@@ -235,13 +235,13 @@ def test_a_folder_among_the_runs_that_the_study_did_not_make_is_refused_and_left
 def test_another_common_flag_is_refused_and_more_runs_go_on(here, capsys):
     assert study(PLAN) == 0
     before = contents(Path("out"))
-    for line, said in {
+    for line, part in {
         "flags: {algo.advantage.lambd: 1}": "algo.advantage.lambd 0.95, plan.yaml has 1:",
         "flags: {}": "algo.advantage.lambd 0.95, plan.yaml has the host's default:",
         "driver: ray\nflags: {algo.advantage.lambd: 0.95}": "driver local, plan.yaml has ray:",
     }.items():
         assert study(PLAN.replace("flags: {algo.advantage.lambd: 0.95}", line)) == 2
-        assert said in capsys.readouterr().err
+        assert part in capsys.readouterr().err
     assert contents(Path("out")) == before
     # The same number in other words is the same flag; lambda 1 is new, so a column; seed 2 and beta 1 are kept.
     more = "flags: {algo.advantage.lambd: 0.950}\nruns:\n"
@@ -283,14 +283,6 @@ def test_runs_are_given_their_gpus_and_threads(here, monkeypatch, capsys):
     assert {each["OMP_NUM_THREADS"] for each in environments} == {"4"}
 
 
-def test_gpus_are_counted_as_pytorch_counts_them(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    plan = type("Plan", (), {"driver": "local"})
-    assert runner._slots(plan, None, "1", 2) == ["6"]
-    with pytest.raises(UserError, match="--gpus 4,6: give numbers below 2"):
-        runner._slots(plan, None, "4,6", 2)
-
-
 def test_a_study_that_changed_while_its_plan_was_checked_is_left_alone(here, monkeypatch, capsys):
     def slow_answer(question):
         monkeypatch.setattr(settings, "ask_host", study_stand_in.answer)
@@ -314,23 +306,26 @@ def test_runs_of_other_versions_are_named(here, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("driver", "jobs", "visible", "there", "slots"),
+    ("driver", "jobs", "gpus", "visible", "there", "slots"),
     [
-        ("local", None, None, 0, [None, None]),
-        ("local", 3, None, 0, [None] * 3),
-        ("local", None, None, 3, ["0", "1", "2"]),
-        ("local", None, "4,6", 2, ["4", "6"]),
-        ("local", 3, "4,6", 2, ["4", "6", "4"]),
-        ("ray", None, None, 4, [None]),
+        ("local", None, None, None, 0, [None, None]),
+        ("local", 3, None, None, 0, [None] * 3),
+        ("local", None, None, None, 3, ["0", "1", "2"]),
+        ("local", None, None, "4,6", 2, ["4", "6"]),
+        ("local", 3, None, "4,6", 2, ["4", "6", "4"]),
+        ("local", None, "1", "4,6", 2, ["6"]),  # counted as PyTorch counts them
+        ("ray", None, None, None, 4, [None]),
     ],
 )
-def test_how_many_runs_at_a_time(monkeypatch, driver, jobs, visible, there, slots):
+def test_how_many_runs_at_a_time(monkeypatch, driver, jobs, gpus, visible, there, slots):
     monkeypatch.setattr(runner, "_cores", lambda: 8)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     plan = type("Plan", (), {"driver": driver})
-    assert runner._slots(plan, jobs, None, there) == slots
+    assert runner._slots(plan, jobs, gpus, there) == slots
+    with pytest.raises(UserError, match="--gpus 4,6: give numbers below|--gpus 4,6: PyTorch sees no GPU"):
+        runner._slots(plan, jobs, "4,6", there)
 
 
 @pytest.mark.parametrize(
@@ -345,17 +340,12 @@ def test_how_many_runs_at_a_time(monkeypatch, driver, jobs, visible, there, slot
 )
 def test_the_step_is_read_off_the_log(tmp_path, log, step):
     (tmp_path / "log").write_bytes(b"\0" * 5000 + log)
-    assert progress.steps_in(tmp_path / "log") == step
-    assert progress.steps_in(tmp_path / "none") == 0
+    assert runner.steps_in(tmp_path / "log") == step
+    assert runner.steps_in(tmp_path / "none") == 0
 
 
-def test_the_time_left_follows_the_pace_of_this_call():
-    bar = progress.Bar(steps=100, done=40)
-    assert bar.left() == "?"
-    bar.started -= 60
-    bar.show(40, {"a": 10, "b": 10})
-    assert bar.left() == "2 min"
-    assert [progress.duration(seconds) for seconds in (40, 700, 11100)] == ["40 s", "12 min", "3 h 05 min"]
+def test_durations_are_for_people():
+    assert [runner.duration(seconds) for seconds in (40, 700, 11100)] == ["40 s", "12 min", "3 h 05 min"]
 
 
 def test_steps_of_nobody_knows_how_many_have_no_gap():
@@ -394,13 +384,13 @@ def test_a_real_study_killed_and_gone_on_with_is_that_of_its_runs_alone(tiny, tm
 
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {(row["method"], row["beta"], row["step"]): row for row in rows(out / "results.csv")}
-    assert list(found) == [("none", "", "1"), ("none", "", "2"), ("uniform", "0.8", "1"), ("uniform", "0.8", "2")]
+    made = {(row["method"], row["beta"], row["step"]): row for row in rows(out / "results.csv")}
+    assert list(made) == [("none", "", "1"), ("none", "", "2"), ("uniform", "0.8", "1"), ("uniform", "0.8", "2")]
     # At one seed both methods see the same prompts and random numbers: what differs is what they learn from them.
-    first, second = (found["none", "", "1"], found["uniform", "0.8", "1"])
+    first, second = (made["none", "", "1"], made["uniform", "0.8", "1"])
     assert first["reward"] == second["reward"] and first["kl"] == second["kl"]
     assert first["value_loss"] != second["value_loss"]
-    assert found["none", "", "2"]["reward"] != first["reward"]
+    assert made["none", "", "2"]["reward"] != first["reward"]
     assert not list(out.rglob("*.safetensors")) and not list(out.rglob("checkpoints"))
 
     gone_on = next(path for path in out.glob("*-seed3") if "goes on from step" in (path / "output.log").read_text())

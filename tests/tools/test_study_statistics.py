@@ -55,9 +55,9 @@ def test_pitman_and_morgan():
     Of sums and differences: (20 - 5) / sqrt((20 + 5 + 16)(20 + 5 - 16)) = 0.780869, which with n - 2 = 2 degrees has
     p = 1 - 0.780869. K = 1 + (1 - 0.64) 4.302653² = 7.664616; K ∓ sqrt(K² - 1) = 0.0655170, 15.263714.
     """
-    found = deviation_ratio([0, 4, 2, 6], [0, 1, 2, 3])
-    assert found.p == near(1 - 0.780869, abs=1e-6)
-    assert ends(found.ratio) == near((2, 2 * math.sqrt(0.0655170), 2 * math.sqrt(15.263714)), rel=1e-4)
+    test = deviation_ratio([0, 4, 2, 6], [0, 1, 2, 3])
+    assert test.p == near(1 - 0.780869, abs=1e-6)
+    assert ends(test.ratio) == near((2, 2 * math.sqrt(0.0655170), 2 * math.sqrt(15.263714)), rel=1e-4)
 
 
 def test_ratios_of_spread_that_have_no_test():

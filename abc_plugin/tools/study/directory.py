@@ -72,7 +72,7 @@ class Study:
         self.lock.truncate(0)
         self.lock.write(f"{os.getpid()}\n")
         self.lock.flush()
-        write_whole(self.root / PLAN, f"{HEADER}\n{plan.text()}")
+        write_whole(self.root / PLAN, f"{HEADER}\n{plan.text}")
 
     def folder(self, run: Run) -> Path:
         return self.root / run.name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import re
@@ -11,11 +10,10 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 
 from abc_plugin.errors import UserError
-from abc_plugin.report.style import document
+from abc_plugin.report import html
 from abc_plugin.report.tokens import visible
 from abc_plugin.tools.study import figures, inference, learning_curves
 from abc_plugin.tools.study.comparisons import COMPARED, EQUAL_KL, WORDS, Analysis, Comparison
@@ -27,7 +25,6 @@ from abc_plugin.tools.study.verdict import CLAIMS, claim_lines, claims, headline
 MARK = "made by abc-rlhf study report"  # near the start of each of its files: only these may be overwritten
 START = 400  # bytes
 ABOUT = 'null: there is none, such as an interval of too few seeds; "never": no number of steps reaches the reward'
-LEFT = {"condition", "against", *CLAIMS}  # columns that are aligned to the left
 Frame = pd.DataFrame  # of text; columns that a row lacks are –
 
 
@@ -35,31 +32,16 @@ def files(analysis: Analysis, source: str, command: str) -> dict[str, bytes]:
     """All files by name, from nothing but the table: the same table gives the same bytes."""
     pictures, captions = figures.draw(analysis, MARK)
     content = _content(analysis, captions, source)
-    images = {name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in pictures.items()}
-    as_code = re.sub(r"[`\n]", " ", visible(command))
+    body = html.render("tools/study/templates/report.html", images=pictures, html_table=html.table, **content)
+    code = re.sub(r"[`\n]", " ", visible(command))
+    text = MARKDOWN.get_template("tools/study/templates/report.md").render(mark=MARK, command=code, **content)
     numbers = as_json(analysis) | {"figures": list(pictures)}
-    body = _render("html.j2", autoescape=True, images=images, **content)
     texts = {
-        "report.md": _render("markdown.j2", autoescape=False, mark=MARK, command=as_code, **content),
+        "report.md": re.sub(r"\n{3,}", "\n\n", text),
         "report.json": json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-        "report.html": document(f"Study: {MARK}", visible(headline(analysis)), body, visible(command)),
+        "report.html": html.document(f"Study: {MARK}", headline(analysis), body, command),
     }
     return {name: text.encode() for name, text in texts.items()} | pictures
-
-
-def _render(template: str, *, autoescape: bool, **content: Any) -> str:
-    """Templates extend report.j2, which has the sentences, with the macros of their format."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=autoescape,
-        undefined=jinja2.StrictUndefined,
-        finalize=lambda value: visible(value) if autoescape and type(value) is str else value,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["md"] = _markdown
-    return re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(**content))
 
 
 def _markdown(text: object) -> str:
@@ -81,12 +63,21 @@ def _content(analysis: Analysis, captions: dict[str, str], source: str) -> dict[
         "coverage": {n: inference.coverage_of_two_errors(n) for n in counts if n > 1},
         "lone": [table.label(condition) for condition in table.conditions if len(condition.seeds) == 1],
         "read": _read(analysis, source),
-        "left": LEFT,
+        "text_columns": _text_columns,
         "BASELINE": BASELINE,
         "WORDS": WORDS,
         "COMPARED": COMPARED,
         "constants": vars(inference) | vars(learning_curves),
     }
+
+
+def _text_columns(frame: Frame) -> int:
+    """How many columns from the left are text; numbers follow."""
+    return len([name for name in frame if name in ("condition", "against") or name in CLAIMS])
+
+
+MARKDOWN = html.environment.overlay(autoescape=False, finalize=str, keep_trailing_newline=True)
+MARKDOWN.filters = MARKDOWN.filters | {"md": _markdown}
 
 
 def means(analysis: Analysis) -> Frame:
@@ -168,19 +159,14 @@ def _steps(steps: Steps | None) -> dict[str, Any]:
 
 def _read(analysis: Analysis, source: str) -> list[str]:
     """What the report was made of."""
-    table = analysis.table
+    table, first = analysis.table, analysis.table.conditions[0].settings
     runs = sum(len(condition.seeds) for condition in table.conditions)
-    lines = [f"{runs} runs of {len(table.conditions)} conditions, from {source}."]
-    first = table.conditions[0].settings
+    lengths = " or ".join(map(str, sorted({len(condition.steps) for condition in table.conditions})))
     same = [f"{name} {shown(first[name])}" for name in first if name not in table.varied and first[name] is not None]
-    if same:
-        lines.append(f"In all of them: {', '.join(same)}.")
-    alike: dict[str, list[str]] = {}
-    for condition in table.conditions:
-        steps = f"{len(condition.steps)} steps ({condition.steps[0]}–{condition.steps[-1]})"
-        seeds = ", ".join(map(str, condition.seeds))
-        alike.setdefault(f"{steps} of seeds {seeds}", []).append(table.label(condition))
-    return lines + [f"{runs}: {'; '.join(labels)}." for runs, labels in alike.items()]
+    return [
+        f"{runs} runs of {len(table.conditions)} conditions and {lengths} steps, from {source}.",
+        *([f"In all of them: {', '.join(same)}."] if same else []),
+    ]
 
 
 def as_json(analysis: Analysis) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from abc_plugin.report import statistics
+
 LEVEL = 0.95
 SIGNIFICANT = 0.05
 POWER = 0.8
@@ -93,18 +95,13 @@ class Mean:
 
 def mean(values: Sequence[float]) -> Mean:
     """The mean with t_interval and 2 s / sqrt(n), which is None for one value."""
-    two_errors = None if len(values) < 2 else float(2 * np.std(values, ddof=1) / math.sqrt(len(values)))
-    return Mean(t_interval(values), two_errors)
+    _, error = statistics.mean_and_error(values)
+    return Mean(t_interval(values), None if error is None else 2 * error)
 
 
 def t_interval(values: Sequence[float]) -> Estimate:
     """mean ± t_{n-1, 0.975} s / sqrt(n), s with n - 1; no interval for one value."""
-    values = np.asarray(values, dtype=float)
-    center, n = float(values.mean()), len(values)
-    if n < 2:
-        return Estimate(center)
-    half = float(stats.t.ppf(UPPER, n - 1) * values.std(ddof=1) / math.sqrt(n))
-    return Estimate(center, center - half, center + half)
+    return Estimate(*statistics.t_interval(values, LEVEL))
 
 
 def coverage_of_two_errors(n: int) -> float:

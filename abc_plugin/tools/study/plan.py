@@ -51,7 +51,7 @@ class Plan:
     """A plan, with ``smoke`` and the environment applied.
 
     source: the file, for messages.  common: the options that all runs share.  keep_policies: whether finished runs
-    keep their weights.
+    keep their weights.  text: it as a file of its own.
     """
 
     source: str
@@ -60,6 +60,7 @@ class Plan:
     common: dict[str, Words]
     grids: list[Grid]
     keep_policies: bool
+    text: str
 
     @property
     def names(self) -> list[str]:
@@ -74,16 +75,6 @@ class Plan:
             for values in itertools.product(*grid.values())
         ]
 
-    def text(self) -> str:
-        """The plan as a file of its own, which ``read_plan`` reads as the same."""
-        plan = {
-            "driver": self.driver,
-            "flags": {name: _unpacked(words) for name, words in self.common.items()},
-            "runs": [{name: [_unpacked(words) for words in grid[name]] for name in grid} for grid in self.grids],
-            "keep_policies": self.keep_policies,
-        }
-        return OmegaConf.to_yaml(OmegaConf.create(plan))
-
 
 def read_plan(path: str | Path, *, smoke: bool = False) -> Plan:
     """The plan in a file. Raises UserError, naming file, value and remedy, for all that is wrong without the host."""
@@ -96,6 +87,7 @@ def read_plan(path: str | Path, *, smoke: bool = False) -> Plan:
             common, grids = _in_small(common, grids, OmegaConf.to_container(plan.smoke))
         # The environment's variables are put in only now: those of what smoke replaces may be unset.
         resolved = OmegaConf.to_container(OmegaConf.create({"flags": common, "runs": grids}), resolve=True)
+        written = {"driver": plan.driver, **resolved, "keep_policies": plan.keep_policies}
         return Plan(
             source=str(path),
             driver=plan.driver,
@@ -103,6 +95,7 @@ def read_plan(path: str | Path, *, smoke: bool = False) -> Plan:
             common={name: tuple(_texts(name, value)) for name, value in resolved["flags"].items()},
             grids=[{name: _values(name, value) for name, value in grid.items()} for grid in resolved["runs"]],
             keep_policies=plan.keep_policies,
+            text=OmegaConf.to_yaml(OmegaConf.create(written)),
         )
 
 
@@ -213,10 +206,6 @@ def _texts(name: str, value: object) -> list[str]:
         if not text:
             raise UserError(f"{name} has no value; give it one, true for a switch")
     return texts
-
-
-def _unpacked(words: Words) -> str | list[str]:
-    return words[0] if len(words) == 1 else list(words)
 
 
 def command_words(options: dict[str, Words]) -> list[str]:

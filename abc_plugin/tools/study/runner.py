@@ -187,7 +187,10 @@ class _Session:
             line = f"{run.name} failed: {wrong}{last}\n  the log is {log}"
         else:
             self.study.write_tables(self.in_tables)
-            line = f"{run.name} took {duration(seconds)}; {self._summary()}"
+            left = self.bars.tasks[0].time_remaining
+            line = f"{run.name} took {duration(seconds)}; {self._summary()}" + (
+                f", {duration(left)} left" if left else ""
+            )
         self.bars.console.print(f"study: {line}", soft_wrap=True)
 
     def _summary(self) -> str:

@@ -8,7 +8,6 @@ N seeds, T steps.
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from abc_plugin.errors import UserError
+from abc_plugin.report.jsonl import read_jsonl
 
 NAME = "results.csv"  # in a study's directory
 NEEDED = ("method", "seed", "step", "reward")
@@ -195,16 +195,7 @@ def _csv(path: Path) -> pd.DataFrame:
 
 def _jsonl(path: Path) -> pd.DataFrame:
     """Values as they are, indexed by line; None where a line has no such key."""
-    rows = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            rows[number] = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path} line {number} is not JSON ({error}); write one object per line") from None
-        if not isinstance(rows[number], dict):
-            raise UserError(f'{path} line {number} is no JSON object; write {{"method": …, "seed": …}}')
+    rows = {int(where.rpartition(":")[2]): row for where, row in read_jsonl(path, "write one object per run and step")}
     names = dict.fromkeys(name for row in rows.values() for name in row)
     columns = {name: [row.get(name) for row in rows.values()] for name in names}
     return pd.DataFrame(columns, index=list(rows), dtype=object)

@@ -104,7 +104,7 @@ def test_a_plan_like_another_says_only_what_it_changes(plan_file, tmp_path):
     assert plan.common == base.common | {"data.max_len": ("96",)} and plan.driver == base.driver
     assert varied(plan) == [("1",), ("2",)] and plan.out is None  # runs and place are its own
     small = read_plan(tmp_path / "other.yaml", smoke=True)
-    assert small.flags["data.max_samples"] == ("4",) and varied(small) == [("1",), ("2",)]
+    assert small.common["data.max_samples"] == ("4",) and varied(small) == [("1",), ("2",)]
     (tmp_path / "third.yaml").write_text("like: other.yaml\nruns: [{train.seed: 1}]")
     assert read_plan(tmp_path / "third.yaml").common == plan.common
 
@@ -154,7 +154,7 @@ def test_a_wrong_plan_is_one_line_that_names_what_is_wrong(plan_file, content, t
 
 def test_a_plan_that_is_not_there_or_names_no_directory(plan_file, tmp_path, capsys):
     assert cli.main(["study", str(tmp_path / "none.yaml")]) == 2
-    assert "none.yaml cannot be read: No such file" in capsys.readouterr().err
+    assert "none.yaml: cannot be read: No such file" in capsys.readouterr().err
     assert cli.main(["study", str(plan_file(RUNS))]) == 2
     assert "give --out DIR" in capsys.readouterr().err
     assert cli.main(["study", str(plan_file(RUNS)), "--jobs", "0"]) == 2

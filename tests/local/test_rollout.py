@@ -42,12 +42,8 @@ def test_a_token_is_drawn_where_the_cumulated_probability_passes_the_uniform_num
     scores_BV = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log().expand(6, 4)
     uniform_B1 = torch.tensor([[0.0], [0.09], [0.11], [0.5], [0.61], [0.9999]])
     assert drawn(scores_BV, uniform_B1) == [0, 0, 1, 2, 3, 3]
-
-
-def test_the_numbers_of_the_next_token_are_the_next_column():
-    draw = Draw(torch.tensor([[0.05, 0.95]], dtype=torch.float64))
-    scores_BV = torch.tensor([[0.5, 0.5]]).log()
-    assert [draw(None, scores_BV).argmax(-1).item() for _ in range(2)] == [0, 1]
+    draw = Draw(torch.tensor([[0.05, 0.95]], dtype=torch.float64))  # the next token's number is the next column
+    assert [draw(None, torch.tensor([[0.5, 0.5]]).log()).argmax(-1).item() for _ in range(2)] == [0, 1]
 
 
 def test_drawing_follows_the_distribution_and_never_takes_what_is_ruled_out():
@@ -74,22 +70,17 @@ def test_a_policy_whose_logits_are_nan_ends_the_run(policy):
         generate(broken, tokenizer, PROMPTS, **OPTIONS)
 
 
-def test_rollouts_have_the_hosts_form(policy):
-    model, tokenizer = policy
-    responses = generate(model, tokenizer, PROMPTS, **OPTIONS)
-    for prompt, response in zip(PROMPTS, responses, strict=True):
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        assert response["observation_tokens"][: len(ids)] == ids
-        assert response["action_ranges"] == [(len(ids), len(ids) + 6)]
-        assert response["truncated"]
-
-
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9}])
 def test_a_completion_depends_neither_on_its_batch_nor_on_what_was_drawn_before(policy, changes):
     model, tokenizer = policy
     options = OPTIONS | changes
     torch.manual_seed(0)
     responses = generate(model, tokenizer, PROMPTS, **options)
+    for prompt, response in zip(PROMPTS, responses, strict=True):  # in the host's form
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert response["observation_tokens"][: len(ids)] == ids
+        assert response["action_ranges"] == [(len(ids), len(ids) + 6)]
+        assert response["truncated"]
     state = torch.get_rng_state()
     torch.manual_seed(1)
     assert generate(model, tokenizer, PROMPTS, **options | {"batch_size": 5}) == responses

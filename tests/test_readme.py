@@ -56,7 +56,9 @@ def test_the_metrics_are_the_ones_logged():
     zeros = torch.zeros(1, 1)
     logged = credit_metrics(zeros, zeros, zeros[0], zeros, zeros)
     others = {"credit_moved", "credit_without_attention", "credit_negative_share", "credit_disagreement"}
-    assert set(re.findall(r"`(credit_\w+)`", README)) == {*logged, *others}
+    metrics = (ROOT / "abc_plugin" / "host" / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(credit_\w+)`", metrics)) == {*logged, *others}
+    assert set(re.findall(r"`(credit_\w+)`", README)) <= {*logged, *others}
     sources = inspect.getsource(reward_model) + inspect.getsource(experience_maker)
     assert all(f'"{name}"' in sources for name in others)
 
@@ -129,20 +131,24 @@ def test_a_committed_report_is_what_its_results_say(name, tmp_path, monkeypatch)
     assert len(runs) == len(read_plan(ROOT / "launch" / "study" / f"{name}.yaml").runs())
 
 
+# The rows of the README's table of studies, in order: the report that has each one's numbers.
+STUDIES = ("embedded", "embedded", "conditions", "lexicon", "lexicon")
+
+
 def test_the_readmes_studies_are_the_reports():
-    """Every number of the two tables, in the report that its row is of."""
-    reports = {
-        name: (ROOT / "launch" / "study" / name / "report.md").read_text(encoding="utf-8")
-        for name in ("embedded", "conditions", "lexicon")
-    }
-    main_table, others = (
-        [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()]
-        for table in re.findall(r"\| minus its `none`.*\n\|[-|]*\n((?:\|.*\n)*)", README)
-    )
-    assert len([cell for row in main_table for cell in row[1:] if cell]) == 2 + 6 * 4
-    assert len([cell for row in others for cell in row[1:] if cell]) == 5 * 3
-    for row in main_table:
-        assert not [number for number in row[1:] if number not in reports["embedded"]]
-    for label, *numbers in others:
-        report = reports["lexicon" if "lexicon" in label else "conditions"]
-        assert not [number for number in numbers if number not in report]
+    [table] = re.findall(r"^\| condition .*\n\|[-|]*\n((?:\|.*\n)*)", README, re.MULTILINE)
+    for row, study in zip(table.splitlines(), STUDIES, strict=True):
+        report = (ROOT / "launch" / "study" / study / "report.md").read_text(encoding="utf-8")
+        numbers = [cell.strip() for cell in row.split("|")[3:-1] if cell.strip()]
+        assert numbers and all(number in report for number in numbers), (row, study)
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) <= 180
+    for page in (
+        ROOT / "README.md",
+        *(ROOT / "launch").rglob("README.md"),
+        *Path(abc_plugin.__file__).parent.rglob("README.md"),
+    ):
+        for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page}: {link}"

@@ -4,14 +4,12 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import as_words, local_flags, run_settings
+from local_runs import scalars
 from safetensors.torch import load_file, save_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from abc_plugin.cli import main
 from abc_plugin.config import ShapingConfig, split_flags
@@ -39,20 +37,6 @@ def second(tiny, tmp_path_factory):
     return directory
 
 
-# DeepSpeed trains once in a process: each run is a child of one that has imported everything.
-CHILDREN = """
-import json, os, sys
-from abc_plugin.host.imports import import_host
-import_host()
-import abc_plugin.local.trainer
-from abc_plugin.cli import main
-for words in json.load(sys.stdin):
-    child = os.fork()
-    if child == 0:
-        sys.exit(main(words))
-    if os.waitpid(child, 0)[1]:
-        sys.exit(f"failed: {words}")
-"""
 OPTIONS = {"shaping.drop": "special,sinks", "shaping.entropy_floor": 0.99, "shaping.heads": "1"}
 RUNS = {  # each makes one step, which warms up; "prefix" two
     "prefix": {"reward_shaping": "prefix", "shaping.beta": 0.5, "data.max_samples": 16},
@@ -63,37 +47,30 @@ RUNS = {  # each makes one step, which warms up; "prefix" two
 
 
 @pytest.fixture(scope="module")
-def runs(tiny, second, tmp_path_factory):
+def runs(tiny, second, local_runs, tmp_path_factory):
     """The scalars that each run logged, and where it wrote."""
     base = tmp_path_factory.mktemp("runs")
     both = f"{tiny / 'reward_model'},{second}"
-    commands = []
     for name, changes in RUNS.items():
         path = both if "reward.model_name_or_path" in changes else tiny / "reward_model"
         changes = {"data.max_samples": 8, "shaping.show_every": 0} | changes | {"reward.model_name_or_path": path}
-        commands.append(["local", *local_flags(tiny, base / name, **changes)])
-    command = [sys.executable, "-c", CHILDREN]
-    result = subprocess.run(command, input=json.dumps(commands), capture_output=True, text=True, timeout=900)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return {name: (scalars(base / name), base / name) for name in RUNS}
+        local_runs.done(local_flags(tiny, base / name, **changes))
+    return {name: (logged(base / name), base / name) for name in RUNS}
 
 
-def scalars(out):
-    [directory] = (out / "tensorboard").iterdir()
-    events = EventAccumulator(str(directory)).Reload()
-    tags = events.Tags()["scalars"]
-    return {tag.removeprefix("train/"): [event.value for event in events.Scalars(tag)] for tag in tags}
+def logged(out):
+    return {tag.removeprefix("train/"): [value for _, value in points] for tag, points in scalars(out).items()}
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_logs_its_credit_and_conserves_the_reward(runs, name):
-    logged, _ = runs[name]
-    assert max(logged["credit_conservation_error"]) < 1e-5
+    figures, _ = runs[name]
+    assert max(figures["credit_conservation_error"]) < 1e-5
     signed = RUNS[name]["reward_shaping"] in ("prefix", "grad_input")
-    assert ("credit_negative_share" in logged) == signed
-    assert ("credit_disagreement" in logged) == ("reward_disagreement" in logged) == name.startswith("both")
+    assert ("credit_negative_share" in figures) == signed
+    assert ("credit_disagreement" in figures) == ("reward_disagreement" in figures) == name.startswith("both")
     if name in ("prefix", "grad_input"):
-        assert 0.0 < logged["credit_negative_share"][0] < 1.0
+        assert 0.0 < figures["credit_negative_share"][0] < 1.0
 
 
 def test_prefix_credit_trains_the_policy(runs, tiny):
@@ -102,9 +79,9 @@ def test_prefix_credit_trains_the_policy(runs, tiny):
 
 
 def test_options_act_in_a_run(runs):
-    logged = runs["options"][0]
-    assert logged["credit_last_token"] == [0.0]
-    assert logged["credit_entropy"][0] == pytest.approx(0.99 * math.log(7), abs=1e-4)  # the floor, of 7 tokens kept
+    figures = runs["options"][0]
+    assert figures["credit_last_token"] == [0.0]
+    assert figures["credit_entropy"][0] == pytest.approx(0.99 * math.log(7), abs=1e-4)  # the floor, of 7 tokens kept
     assert runs["grad_input"][0]["credit_last_token"][0] > 0.5  # few sentences end in 8 random tokens
 
 

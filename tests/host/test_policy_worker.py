@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import local_flags, run_python
+from conftest import local_flags
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abc_plugin.cli import main
@@ -187,15 +187,13 @@ def test_a_rule_may_be_credited_by_the_policy(tiny):
 
 
 @pytest.fixture(scope="module")
-def runs(tiny, tmp_path_factory):
+def runs(tiny, local_runs, tmp_path_factory):
     """Two PPO steps by each method, all completions recorded."""
     done = {}
     for method in NEEDS:
         out = tmp_path_factory.mktemp(method)
         changes = {"data.max_samples": 16, "shaping.show_every": 1, "shaping.show_samples": 8}
-        result = run_python("-m", "abc_plugin", "local", *local_flags(tiny, out, reward_shaping=method, **changes))
-        assert result.returncode == 0, result.stderr[-3000:]
-        done[method] = (out, result.stdout)
+        done[method] = (out, local_runs.done(local_flags(tiny, out, reward_shaping=method, **changes)))
     return done
 
 

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "tools": {"credit", "attention", "text", "report"},
 }
 IMPORT_OPENRLHF = {"host", "local"}
-PATCH = {"host", "local"}  # the rooms in which mock.patch may stand, where the host leaves no method to override
+PATCH = {"local"}  # the room in which mock.patch may stand, where the host leaves no method to override
 
 # Importing the left must not import any on the right.
 MUST_NOT_IMPORT = {

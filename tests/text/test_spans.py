@@ -13,20 +13,36 @@ from transformers import ByT5Tokenizer
 from abc_plugin.errors import UserError
 from abc_plugin.text.spans import pair, spread, token_spans, token_texts
 
+MOVIE = [f"<0x{byte:02X}>" for byte in "🎬".encode()]
+# By hand: (tokenizer, its tokens or ids, what they decode to, where each token begins, and the end).
+CASES = {
+    "byte-level tokens share a character by bytes": (
+        "gpt2", ["A", "ĠðŁ", "İ", "¬", "!"], "A 🎬!", [0, 1, 2.5, 2.75, 3, 4]),
+    "sentencepiece drops the first space, and falls back to bytes": (
+        "mistral-v1", ["▁Hi", "▁", *MOVIE], "Hi 🎬", [0, 2, 3, 3.25, 3.5, 3.75, 4]),
+    "a first token of only that space is empty": ("mistral-v1", ["▁", *MOVIE], "🎬", [0, 0, 0.25, 0.5, 0.75, 1]),
+    "of several spaces it drops one": ("mistral-v1", ["▁▁", "▁the", "▁"], "  the ", [0, 1, 5, 6]),
+    "wordpiece puts a space before each word": (
+        "bert", ["token", "##izer", "##s", ",", "naive", "!"], "tokenizers, naive!", [0, 5, 9, 10, 11, 17, 18]),
+    "bytes that are no text are replaced by sequence": (
+        "gpt2", ["ðŁ", "a", "¬", "ðŁ", "İ"], "\ufffda\ufffd\ufffd", [0, 1, 2, 3, 3 + 2 / 3, 4]),
+    "byte fallback replaces each byte": (
+        "mistral-v1", ["▁a", *MOVIE[:3], "b"], "a\ufffd\ufffd\ufffdb", [0, 1, 2, 3, 4, 5]),
+    "special tokens are text and unknown ids are not": (
+        "smollm2", [1, 10**6, 2], "<|im_start|><|im_end|>", [0, 12, 12, 22]),
+    "no tokens": ("smollm2", [], "", [0]),
+    "slow tokenizers whose tokens spell the text": (
+        "slow", [ord(c) for c in "a🎬\ud800b"], "a🎬\ud800b", [0, 1, 2, 3, 4]),
+}  # fmt: skip
 
-def spans(name, text):
-    tokenizer = load(name)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    seen, spans_S2 = token_spans(tokenizer, ids)
-    return seen, list(
-        zip(tokenizer.convert_ids_to_tokens(ids), *np.round(spans_S2.numpy().T, 6).tolist(), strict=True)
-    )
 
-
-def test_byte_level_tokens_share_a_character_by_bytes():
-    text, tokens = spans("gpt2", "A 🎬!")
-    assert text == "A 🎬!"
-    assert tokens == [("A", 0, 1), ("ĠðŁ", 1, 2.5), ("İ", 2.5, 2.75), ("¬", 2.75, 3), ("!", 3, 4)]
+@pytest.mark.parametrize(("name", "tokens", "text", "bounds"), CASES.values(), ids=CASES)
+def test_spans_by_hand(name, tokens, text, bounds):
+    tokenizer = Codepoints() if name == "slow" else load(name)
+    ids = [token if isinstance(token, int) else tokenizer.convert_tokens_to_ids(token) for token in tokens]
+    decoded, spans_S2 = token_spans(tokenizer, ids)
+    assert decoded == text and spans_S2.shape == (len(ids), 2)
+    assert spans_S2.tolist() == [pytest.approx(pair) for pair in zip(bounds, bounds[1:], strict=False)]
 
 
 def test_a_character_of_several_tokens_is_the_last_ones_text():
@@ -46,51 +62,6 @@ def test_texts_of_tokens_join_to_the_text_without_garbage(name):
         assert len(texts) == len(ids)
         assert "".join(texts) == tokenizer.decode(ids)
         assert not any("\ufffd" in piece for piece in texts)
-
-
-def test_sentencepiece_drops_the_first_space_and_falls_back_to_bytes():
-    text, tokens = spans("mistral-v1", "Hi 🎬")
-    assert text == "Hi 🎬"
-    assert tokens == [("▁Hi", 0, 2), ("▁", 2, 3)] + [
-        (f"<0x{byte:02X}>", 3 + k / 4, 3 + (k + 1) / 4) for k, byte in enumerate("🎬".encode())
-    ]
-    text, tokens = spans("mistral-v1", "🎬")
-    assert tokens[0] == ("▁", 0, 0)
-
-
-def test_sentencepiece_spaces_at_the_start_belong_to_their_own_tokens():
-    tokenizer = load("mistral-v1")
-    ids = tokenizer.convert_tokens_to_ids(["▁▁", "▁the", "▁"])
-    text, spans_S2 = token_spans(tokenizer, ids)
-    assert text == "  the " and spans_S2.tolist() == [[0, 1], [1, 5], [5, 6]]
-
-
-def test_wordpiece_puts_a_space_before_each_word():
-    assert spans("bert", "Tokenizers, naïve!") == (
-        "tokenizers, naive!",
-        [("token", 0, 5), ("##izer", 5, 9), ("##s", 9, 10), (",", 10, 11), ("naive", 11, 17), ("!", 17, 18)],
-    )
-
-
-def test_bytes_that_are_no_text_are_replaced_as_the_decoder_does():
-    gpt2, mistral = load("gpt2"), load("mistral-v1")
-    ids = gpt2.convert_tokens_to_ids(["ðŁ", "a", "¬", "ðŁ", "İ"])
-    text, spans_S2 = token_spans(gpt2, ids)
-    assert text == "\ufffda\ufffd\ufffd"
-    assert spans_S2.tolist() == pytest.approx(np.array([[0, 1], [1, 2], [2, 3], [3, 3 + 2 / 3], [3 + 2 / 3, 4]]))
-    ids = mistral.convert_tokens_to_ids(["▁a", "<0xF0>", "<0x9F>", "<0x8E>", "b"])  # one for each byte here
-    text, spans_S2 = token_spans(mistral, ids)
-    assert text == "a\ufffd\ufffd\ufffdb"
-    assert spans_S2.tolist() == [[0, 1], [1, 2], [2, 3], [3, 4], [4, 5]]
-
-
-def test_special_tokens_are_text_and_unknown_ids_are_not():
-    tokenizer = load("smollm2")
-    text, spans_S2 = token_spans(tokenizer, [1, 10**6, 2])
-    assert text == "<|im_start|><|im_end|>"
-    assert spans_S2.tolist() == [[0, 12], [12, 12], [12, 22]]
-    text, spans_S2 = token_spans(tokenizer, [])
-    assert text == "" and spans_S2.shape == (0, 2)
 
 
 @pytest.mark.parametrize("name", BUILD)
@@ -122,13 +93,10 @@ def test_spaces_that_clean_up_drops_are_empty(tmp_path):
     assert pieces == ["it", "is", "n", "'", "t", "the", "'", "s", "end"]
 
 
-def test_slow_tokenizers_are_aligned_where_their_tokens_spell_the_text_and_refused_elsewhere():
-    text, spans_S2 = token_spans(Codepoints(), [ord(c) for c in "a🎬\ud800b"])
-    assert text == "a🎬\ud800b" and spans_S2.tolist() == [[0, 1], [1, 2], [2, 3], [3, 4]]
+def test_slow_tokenizers_whose_tokens_do_not_spell_the_text_are_refused():
     slow = ByT5Tokenizer()
-    ids = slow("é", add_special_tokens=False)["input_ids"]
     with pytest.raises(UserError, match="ByT5Tokenizer cannot be aligned"):
-        token_spans(slow, ids)
+        token_spans(slow, slow("é", add_special_tokens=False)["input_ids"])
 
 
 def test_a_weight_is_divided_by_overlapping_characters():

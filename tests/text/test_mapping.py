@@ -71,8 +71,8 @@ def test_any_text_keeps_its_sum_and_the_prompt_gets_no_credit(policy, reward_mod
 def test_equal_tokenizers_are_the_identity(name, text, cut, ended):
     tokenizer = load(name)
     ids = encode(tokenizer, text.encode("utf-8", "replace").decode())
-    if encode(tokenizer, tokenizer.decode(ids)) != ids:
-        return  # normalised: the text of these ids is read as others
+    if not ids or encode(tokenizer, tokenizer.decode(ids)) != ids:
+        return  # SmolLM2 reads some control characters as nothing; normalised text is read as other ids
     ended = ended and tokenizer.eos_token_id is not None
     prompt, response = ids[:cut], ids[cut:] + [tokenizer.eos_token_id] * ended
     sequences, mask, action = batch((prompt, response))

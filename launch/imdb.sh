@@ -12,6 +12,9 @@ common=(
     --reward.model_name_or_path "$demo/reward_model"
     --data.max_len 64 --rollout.max_new_tokens 16 --rollout.micro_batch_size 32
 )
+if ! grep -qsE 'avx512bw|bf16' /proc/cpuinfo && ! command -v nvidia-smi >/dev/null; then  # no fast bf16: 50 times slower
+    common+=(--ds.param_dtype fp32)
+fi
 
 # train OUT [flags]: 24 PPO steps of 32 completions, the last 4 layers; flags given later win. study/embedded.yaml has the same.
 train() {

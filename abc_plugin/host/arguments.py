@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 from abc_plugin.errors import UserError
 
 CLI = "openrlhf.cli.train_ppo_ray"
+# What `abc-rlhf local` offers besides, by the host's flag: many CPUs have no fast bf16.
+MORE_OPTIONS = {"--ds.param_dtype": {"choices": ["bf16", "fp16", "fp32"]}}
 
 
 class _Parsed(BaseException):
@@ -35,9 +37,14 @@ def parse(argv: list[str], command: str = "local", script: str = CLI, **names: A
     if importlib.util.find_spec("openrlhf") is None:
         raise UserError("not installed: openrlhf; run bash launch/environment.sh, or pip install it")
 
+    more_options = MORE_OPTIONS if command == "local" else {}
+
     class Parser(argparse.ArgumentParser):
         def __init__(self, **options: Any) -> None:
             super().__init__(**options | {"prog": f"abc-rlhf {command}"})
+
+        def add_argument(self, *flags: str, **options: Any) -> argparse.Action:
+            return super().add_argument(*flags, **options | more_options.get(flags[0], {}))
 
         def parse_args(self) -> Namespace:
             return super().parse_args(argv)

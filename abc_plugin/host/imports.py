@@ -84,6 +84,11 @@ def without_cuda() -> None:
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 
+def torch_dtype(param_dtype: str) -> torch.dtype:
+    """The host's convert_to_torch_dtype, which does not know "fp32"."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[param_dtype]
+
+
 def import_host(*, local: bool = True) -> None:
     """Import OpenRLHF's PPO stack with whatever this machine has; a second call changes nothing.
 
@@ -105,6 +110,7 @@ def import_host(*, local: bool = True) -> None:
     with optional_packages():
         importlib.import_module("openrlhf.cli.train_ppo_ray")
         check_signatures(local=local)
+    importlib.import_module("openrlhf.utils.utils").convert_to_torch_dtype = torch_dtype
     if not torch.cuda.is_available():
         strategy = importlib.import_module("openrlhf.utils.deepspeed.deepspeed")
         strategy.init_device_mesh = lambda _device, *args, **kwargs: init_device_mesh("cpu", *args, **kwargs)

@@ -149,9 +149,9 @@ def test_a_model_whose_layers_are_no_list():
 def runs(tiny, local_runs, tmp_path_factory):
     """The same run with kept states and without, in fp32."""
     outs = {}
-    for variant in ("fp32", "fp32_without_kept_states"):
+    for variant in ("unchanged", "without_kept_states"):
         outs[variant] = tmp_path_factory.mktemp(variant)
-        changes = {"local.train_layers": 1, "reward_shaping": "abc", "train.max_epochs": 2}
+        changes = {"local.train_layers": 1, "reward_shaping": "abc", "train.max_epochs": 2, "ds.param_dtype": "fp32"}
         local_runs.done(local_flags(tiny, outs[variant], **changes), variant=(variant, None))
     return outs
 
@@ -167,11 +167,11 @@ def test_kept_states_change_no_figure_of_a_run(runs):
 
 
 def test_only_the_top_layer_is_trained(runs, tiny):
-    before, after = weights(tiny / "policy"), weights(runs["fp32"])
+    before, after = weights(tiny / "policy"), weights(runs["unchanged"])
     changed = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
     assert {name for name in before if ".layers.1." in name and "proj" in name} <= changed
     assert all(".layers.1." in name or name == "model.norm.weight" for name in changed)
-    assert "LlamaForCausalLM: the last 1 of 2 layers are trained" in (runs["fp32"] / "run.log").read_text()
+    assert "LlamaForCausalLM: the last 1 of 2 layers are trained" in (runs["unchanged"] / "run.log").read_text()
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
-import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -30,28 +28,10 @@ def stock(_: object) -> None:
     driver.CreditRewardModel, driver.RestoredCritic = RewardModelActor, CriticModelActor
 
 
-def fp32(_: object) -> None:
-    """float32, which OpenRLHF's flag does not offer: what differs then differs by more than rounding."""
-    import openrlhf.utils.utils
-
-    from abc_plugin.local import local_checks
-
-    parse_for_one_process = local_checks.parse_for_one_process
-
-    def parse(*words: object) -> tuple[Namespace, list[str]]:
-        args, ignored = parse_for_one_process(*words)
-        args.ds.param_dtype = "fp32"
-        return args, ignored
-
-    openrlhf.utils.utils.convert_to_torch_dtype = lambda param_dtype: torch.float32
-    local_checks.parse_for_one_process = parse
-
-
-def fp32_without_kept_states(_: object) -> None:
+def without_kept_states(_: object) -> None:
     """``--local.train_layers`` whose frozen layers run every time."""
     from abc_plugin.local import frozen
 
-    fp32(_)
     frozen.Trunk._skip_known = lambda self, forward, last: forward
     frozen.keep_generated = lambda *_: None
 
@@ -154,12 +134,3 @@ def killed_after_logging(step: int) -> None:
         save(self, global_step, logs, states)
 
     ResumableTrainer.save_logs_and_checkpoints = save_logs_and_checkpoints
-
-
-if __name__ == "__main__":  # python -m run_variants local …: in float32, for launchers, which start processes
-    from abc_plugin import cli
-    from abc_plugin.host.imports import import_host
-
-    import_host()
-    fp32(None)
-    sys.exit(cli.main())

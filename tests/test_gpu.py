@@ -15,7 +15,7 @@ from abc_plugin.attention.matrix import rerun_eager_row, rerun_eager_rows
 from abc_plugin.cli import main
 from abc_plugin.tools.bench.cost import CREDIT, PLAIN, measure
 from abc_plugin.tools.bench.cpu_flash import flash_kernels, use_implementation
-from abc_plugin.tools.bench.parity import BF16, FP32, difference, distance, feed_of
+from abc_plugin.tools.bench.parity import BF16, FP32, accepted_inputs, difference, distance
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -35,7 +35,7 @@ def test_fp32_row_is_the_eager_row(family, recovery):
     model = tiny(family).cuda()
     for padding in PADDINGS.values():
         mask = padding.cuda()
-        feed = {name: value.cuda() for name, value in feed_of(model, padding).items()}
+        feed = {name: value.cuda() for name, value in accepted_inputs(model, padding).items()}
         for layer, expected in rerun_eager_rows(model, mask, **feed).items():
             with closing(attach(model, str(layer), recovery)) as reader:
                 with reader.record(mask) as recording, torch.no_grad():

@@ -56,6 +56,18 @@ def model_name(model: Any) -> str:
     return type(pretrained(model)).__name__
 
 
+def score_head(model: Any) -> tuple[nn.Module, nn.Module]:
+    """(the module that owns the scalar head, the head); of OpenRLHF's models, and of sequence classifiers.
+
+    Raises UserError where there is none.
+    """
+    for owner in unwrap(model).modules():
+        head = owner._modules.get(vars(owner).get("value_head_prefix", "score"))  # wrappers hand on what is not theirs
+        if head is not None and getattr(head, "out_features", 1) == 1:
+            return owner, head
+    raise UserError(f"{model_name(model)} has no scalar score head: its score cannot be read at every token")
+
+
 def skeleton(
     config: PretrainedConfig,
     implementation: str | None = None,

@@ -28,7 +28,7 @@ from abc_plugin.attention.layers import (
     uses_interface,
 )
 from abc_plugin.attention.positions import score_positions
-from abc_plugin.attention.recording import Recording, RowReader, recomputes, unpacked_faults
+from abc_plugin.attention.recording import Recording, RowReader, is_rerun, unpacked_faults
 from abc_plugin.attention.row import averaged_matrix
 from abc_plugin.errors import CreditError, UserError
 
@@ -113,7 +113,7 @@ class MatrixReader(RowReader):
     @torch.compiler.disable
     @torch.no_grad()
     def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if self.recording is None or recomputes():
+        if self.recording is None or is_rerun():
             return
         recording, self.recording = self.recording, None  # the module may be called again below
         try:
@@ -168,7 +168,7 @@ class OwnWeights(MatrixReader):
         check_alibi(self.module, self.config, self.model_name)
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        return None if self.recording is None else own_weights(module, args, kwargs)
+        return None if self.recording is None or is_rerun() else own_weights(module, args, kwargs)
 
     def _weights(self, arguments: dict[str, Any], output: Any) -> Tensor:
         if self.module.training:

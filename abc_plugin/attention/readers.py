@@ -18,10 +18,12 @@ from torch.distributed import ProcessGroup
 from torch.utils._pytree import tree_map_only
 
 from abc_plugin.attention.attach import attach
-from abc_plugin.attention.layers import attention_layers, model_name, pretrained, unwrap
+from abc_plugin.attention.contribution import ContributionReader
+from abc_plugin.attention.layers import attention_layers, model_name, pretrained, score_head
 from abc_plugin.attention.packed import Packing
 from abc_plugin.attention.parallel import rank_and_size, sum_over
 from abc_plugin.attention.positions import score_positions
+from abc_plugin.attention.recording import is_rerun
 from abc_plugin.errors import CreditError, UserError
 
 BIDIRECTIONAL = ("DisentangledSelfAttention",)  # of layers.OUTSIDE: modules that do not say so themselves
@@ -37,13 +39,14 @@ def attach_readers(
 ) -> dict[str, Any]:
     """One reader per need that a reward model can answer; others are left out.
 
-    layer, recovery, heads: of the attention only, as ``attach``. Raises UserError where the model cannot be read so,
-    naming it.
+    layer: of attention and contribution.  recovery, heads: of the attention only, as ``attach``.
+    Raises UserError where the model cannot be read so, naming it.
     """
     makers = {
         "attention": lambda: attach(model, layer=layer, recovery=recovery, heads=heads),
         "prefix": lambda: PrefixScores(model),
         "gradient": lambda: GradientTimesInput(model),
+        "contribution": lambda: ContributionReader(model, layer),
     }
     return {name: make() for name, make in makers.items() if name in needs}
 
@@ -130,7 +133,8 @@ class PrefixScores:
         recording = TokenValues(attention_mask_BS, self.describe(), ring_group)
 
         def keep(_head: nn.Module, _args: tuple, value: Tensor) -> None:
-            recording.keep(self._normalised(value.squeeze(-1)))
+            if not is_rerun():
+                recording.keep(self._normalised(value.squeeze(-1)))
 
         hook = self._head.register_forward_hook(keep)
         try:
@@ -160,18 +164,6 @@ def check_causal(model: Any) -> None:
             f"{model_name(model)} reads its tokens in both directions ({ahead[0]}), so that its score at a token "
             "knows what follows; use --reward_shaping abc or grad_input, or a decoder as the reward model"
         )
-
-
-def score_head(model: Any) -> tuple[nn.Module, nn.Module]:
-    """(the module that owns the scalar head, the head); of OpenRLHF's models, and of sequence classifiers.
-
-    Raises UserError where there is none.
-    """
-    for owner in unwrap(model).modules():
-        head = getattr(owner, vars(owner).get("value_head_prefix", "score"), None)
-        if isinstance(head, nn.Module) and getattr(head, "out_features", 1) == 1:
-            return owner, head
-    raise UserError(f"{model_name(model)} has no scalar score head: its score cannot be read at every token")
 
 
 class GradientTimesInput:
@@ -214,6 +206,8 @@ class GradientTimesInput:
         before: list[bool] = []  # the caller's grad mode, during a forward
 
         def start(*_: object) -> None:
+            if is_rerun():
+                return
             before.append(torch.is_grad_enabled())
             torch.set_grad_enabled(True)
 
@@ -221,11 +215,15 @@ class GradientTimesInput:
             while before:
                 torch.set_grad_enabled(before.pop())
 
-        def watch(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+        def watch(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor | None:
+            if is_rerun():
+                return None
             embedded.append(output.detach().requires_grad_())
             return embedded[-1]
 
         def finish(_module: nn.Module, _args: tuple, output: Any) -> Any:
+            if is_rerun():
+                return None
             score = output if isinstance(output, Tensor) else output[0]
             gradients = torch.autograd.grad(score.sum(), embedded)
             for leaf, gradient in zip(embedded, gradients, strict=True):

@@ -24,6 +24,7 @@ NOT_COMPUTED = {
     "block_indices": "block-sparse attention",
     "indices": "sparse attention",
 }
+RETURNS: dict[nn.Module, Tensor] = {}  # what an attention module's function returns instead of running
 PACKING = "pack in the mask's order, without a cache, with position_ids that restart, as OpenRLHF does"
 HEADS = "this process ran {} of {} heads; under tensor parallelism record with head_group, otherwise without"
 
@@ -56,7 +57,7 @@ class RowReader(ABC):
         self.model_name, self.row, self.heads, self.per_head = model_name(model), row, heads, per_head
         self.recording: Recording | None = None
         self.closed = False
-        self._text_config = pretrained(model).config.get_text_config()
+        self._model_config = None if hasattr(self.module, "config") else pretrained(model).config.get_text_config()
         self._check_support()
         if heads is not None and max(heads) >= (total := self.config.num_attention_heads):
             raise UserError(f"--shaping.heads {max(heads)}: the layer has {total} heads, 0 to {total - 1}")
@@ -64,7 +65,7 @@ class RowReader(ABC):
     @property
     def config(self) -> Any:
         """The layer's own configuration now, or the model's where the module has none."""
-        return getattr(self.module, "config", self._text_config)
+        return getattr(self.module, "config", self._model_config)
 
     @property
     def implementation(self) -> str:
@@ -133,6 +134,8 @@ class RowReader(ABC):
 class Recording:
     """What one ``RowReader.record`` block saw."""
 
+    made_of = "query or key"
+
     def __init__(
         self,
         mask_BS: Tensor,
@@ -197,7 +200,7 @@ class Recording:
             rows = (~self._row_BS.isfinite().all(1)).nonzero().flatten().tolist()
             raise self._error(
                 f"the row of sequence {', '.join(map(str, rows))} (of 0 to {len(self._row_BS) - 1}) is not finite, so "
-                "the model's query or key is not; check its weights and precision"
+                f"the model's {self.made_of} is not; check its weights and precision"
             )
 
     @torch.no_grad()
@@ -209,9 +212,9 @@ class Recording:
         self._check_options(query_BHSD, key_BKSD, options)
         in_force = {"scaling": options.get("scaling"), "mask": mask, **_options_in_force(module, options)}
         mask_BS, position_B = self._mask_BS.to(query_BHSD.device), self.position_B.to(query_BHSD.device)
-        packing = None
+        packing = self._packing = None
         if self._is_packed(query_BHSD, options):
-            packing = Packing(mask_BS, position_B, query_BHSD.shape[2], self._ring_group)
+            packing = self._packing = Packing(mask_BS, position_B, query_BHSD.shape[2], self._ring_group)
             flash = is_flash(module.config._attn_implementation)
             faults = packing_faults(packing, mask, options, flash)
             self._faults = [(wrong, f"packed sequences, but {meaning}; {PACKING}") for wrong, meaning in faults]
@@ -231,6 +234,9 @@ class Recording:
         else:
             row_BHS = attention_row(query_BHSD, key_BKSD, position_B, **in_force)
         self._keep(row_BHS, getattr(module.config, "num_attention_heads", None))
+
+    def look_after(self, value_BKSD: Tensor, output_BSHD: Tensor) -> None:
+        """What the same call was handed as values and returned; the row needs neither."""
 
     def _asked(self, device: torch.device) -> Tensor:
         """Whose rows to average, (B, S), noting the fault of a query that is padding."""
@@ -279,9 +285,12 @@ class Recording:
         )
 
 
-def recomputes() -> bool:
-    """Whether a backward is running: gradient checkpointing computes the layer again, it is no second forward."""
-    return torch._C._current_graph_task_id() != -1
+def is_rerun() -> bool:
+    """Whether the model's parts run now for another reason than the recorded forward.
+
+    A backward recomputes layers under gradient checkpointing; a contribution runs single tokens (RETURNS).
+    """
+    return bool(RETURNS) or torch._C._current_graph_task_id() != -1
 
 
 def unpacked_faults(position_ids: Tensor | None, mask_BS: Tensor) -> list[Fault]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from abc_plugin.attention.layers import REMEDY, check_implementation, forward_code, uses_interface
-from abc_plugin.attention.recording import Recording, RowReader, recomputes
+from abc_plugin.attention.recording import RETURNS, Recording, RowReader, is_rerun
 from abc_plugin.errors import UserError
 
 RECORDINGS: dict[nn.Module, list[Recording]] = {}  # by the attention module that they are waiting for
@@ -99,12 +99,18 @@ class _Watch:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        if module in RETURNS:
+            return RETURNS[module], None
         original = self._source[self._name]
         recordings = RECORDINGS.pop(module, None)  # a watch inside a foreign wrapper must not look again
+        looking = [] if recordings is None or is_rerun() else recordings
         try:
-            for recording in recordings or () if not recomputes() else ():
+            for recording in looking:
                 recording.look(module, query, key, attention_mask, kwargs)
-            return original(module, query, key, value, attention_mask, *args, **kwargs)
+            output = original(module, query, key, value, attention_mask, *args, **kwargs)
+            for recording in looking:
+                recording.look_after(value, output[0])
+            return output
         finally:
             if recordings is not None:
                 RECORDINGS[module] = recordings

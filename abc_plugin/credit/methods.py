@@ -26,8 +26,8 @@ from abc_plugin.credit.redistribute import last_action, response_weights, unifor
 from abc_plugin.errors import UserError
 
 GROUP = "abc_plugin.reward_shaping"
-NEEDS = ("attention", "prefix", "gradient", "policy", "policy_last")
-POLICY = frozenset({"policy", "policy_last"})  # of methods.NEEDS: what the policy's worker answers
+NEEDS = ("attention", "prefix", "gradient", "contribution", "policy", "policy_last")
+POLICY = frozenset({"policy", "policy_last"})  # the needs that the policy's worker answers
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Evidence:
     attention_BA: Tensor | None = None  # reward model: of the score token on the action's token, >= 0
     prefix_BA: Tensor | None = None  # reward model: the score head read there; before the first action: the prompt's
     gradient_BA: Tensor | None = None  # reward model: gradient x input of the score on the token's embedding, signed
+    contribution_BA: Tensor | None = None  # reward model: what the token adds to the score in its last layer, signed
     policy_BA: Tensor | None = None  # policy: attention on the action's token, mean over the generation's rows, >= 0
     policy_last_BA: Tensor | None = None  # policy: of the step that chose the last token, >= 0
 
@@ -92,8 +93,8 @@ def prefix_credit(evidence: Evidence, reward_B: Tensor) -> Tensor:
     """
     mask_BA = evidence.action_mask_BA.bool()
     phi_BA, reward_B1 = evidence.prefix_BA.double(), reward_B.double()[:, None]
-    place_A = torch.arange(mask_BA.shape[1], device=mask_BA.device)
-    acted_BA = torch.where(mask_BA, place_A, -1).cummax(1).values  # the last action up to and with t
+    index_A = torch.arange(mask_BA.shape[1], device=mask_BA.device)
+    acted_BA = torch.where(mask_BA, index_A, -1).cummax(1).values  # the last action up to and with t
     before_BA = pad(acted_BA[:, :-1], (1, 0), value=-1)
     first_B1 = mask_BA.int().argmax(1, keepdim=True)
     start_B1 = pad(phi_BA, (1, 0)).gather(1, first_B1)
@@ -126,6 +127,25 @@ def gradient_credit(evidence: Evidence, reward_B: Tensor) -> Tensor:
 
 
 GRAD_INPUT = Method(frozenset({"gradient"}), gradient_credit)
+
+
+def contribution_credit(evidence: Evidence, reward_B: Tensor) -> Tensor:
+    """What each token adds to the score through the last layer's attention, (B, A) fp32, reward units, signed.
+
+        credit[b,t] = contribution[b,t]                                     t not the last action
+        credit[b,t] = reward[b] - sum_u credit[b,u]                         t the last action, u all others
+
+    What the actions before it do not explain lies on the last action: the prompt's share, the residual path, and the
+    difference in units where the host subtracts a baseline or clips. Rows sum to reward[b].
+    """
+    last_BA = last_action(evidence.action_mask_BA).bool()
+    earlier_BA = evidence.action_mask_BA.bool() & ~last_BA
+    credit_BA = torch.where(earlier_BA, evidence.contribution_BA.double(), 0.0)
+    rest_B1 = reward_B.double()[:, None] - credit_BA.sum(1, keepdim=True)
+    return torch.where(last_BA, rest_B1, credit_BA).float()
+
+
+ABC_SIGNED = Method(frozenset({"contribution"}), contribution_credit)
 
 
 def available() -> list[str]:

@@ -26,6 +26,17 @@ def uniform_weights(action_mask_BA: Tensor) -> Tensor:
     return mask / mask.sum(1, keepdim=True).clamp_min(1.0)
 
 
+def renormalised(share_BA: Tensor, kept_BA: Tensor) -> Tensor:
+    """What lies on the kept entries, rows summing to 1, fp32; uniform over them where that is all zero or underflows.
+
+    out[b,t] = share[b,t]·kept[b,t] / sum_u share[b,u]·kept[b,u];  all zeros in a row that keeps nothing
+    """
+    left_BA = share_BA.double() * kept_BA  # double: a row of 1e-38s must not become uniform
+    total_B1 = left_BA.sum(1, keepdim=True)
+    usable_B1 = total_B1 > torch.finfo(torch.float32).tiny
+    return torch.where(usable_B1, (left_BA / total_B1.where(usable_B1, 1.0)).float(), uniform_weights(kept_BA))
+
+
 def response_weights(attention_BA: Tensor, action_mask_BA: Tensor) -> Tensor:
     """Restrict an attention row to the response and renormalise it (paper, footnote 4).
 
@@ -40,10 +51,7 @@ def response_weights(attention_BA: Tensor, action_mask_BA: Tensor) -> Tensor:
     _check("attention", attention_BA, action_mask_BA.shape)
     if (attention_BA < 0).any():
         raise ValueError(f"attention has negative entries (smallest {attention_BA.min().item():.3g})")
-    kept = attention_BA.double() * action_mask_BA.bool()  # double: a row of 1e-38s must not become uniform
-    total = kept.sum(1, keepdim=True)
-    usable = total > torch.finfo(torch.float32).tiny
-    return torch.where(usable, (kept / total.where(usable, 1.0)).float(), uniform_weights(action_mask_BA))
+    return renormalised(attention_BA, action_mask_BA.bool())
 
 
 def redistribute(reward_B: Tensor, weight_BA: Tensor, action_mask_BA: Tensor, *, beta: float) -> Tensor:

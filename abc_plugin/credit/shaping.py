@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from abc_plugin.credit.methods import Evidence, Method
-from abc_plugin.credit.redistribute import last_action, mix, redistribute, uniform_weights
+from abc_plugin.credit.redistribute import last_action, mix, redistribute, renormalised, uniform_weights
 
 STEPS = 40  # bisections: the mixture is found to 2^-40
 
 
 class Shaped(NamedTuple):
-    """One batch's shaped rewards, and what to say about them; all fp32 (B, A)."""
+    """One batch's shaped rewards, and what they are made of; all fp32 (B, A)."""
 
     reward_BA: Tensor  # reward units; rows sum to the reward
     credit_BA: Tensor  # the method's, before beta; reward units, signed
@@ -47,7 +47,7 @@ def shape(
     mask_BA = members[0].action_mask_BA.bool()
     kept_BA = mask_BA if dropped_BA is None else mask_BA & ~dropped_BA
 
-    def of(evidence: Evidence) -> Tensor:
+    def member_credit(evidence: Evidence) -> Tensor:
         if method.weights is None:
             credit_BA = method.credit(evidence, reward_B)
         else:
@@ -56,7 +56,7 @@ def shape(
             credit_BA = with_entropy(credit_BA, kept_BA, entropy_floor) if entropy_floor else credit_BA
         return credit_BA if ends_BA is None else pooled(credit_BA, mask_BA, ends_BA)
 
-    each = [of(evidence) for evidence in members]
+    each = [member_credit(evidence) for evidence in members]
     mean_BA = each[0] if len(each) == 1 else torch.stack(each).mean(0)
     apart_BA = disagreement(each)
     credit_BA = mean_BA if method.weights is None else reward_B.float()[:, None] * mean_BA
@@ -64,7 +64,7 @@ def shape(
         reward_BA = redistribute(reward_B, mean_BA, mask_BA, beta=beta)
     else:
         reward_BA = mix(reward_B, credit_BA, mask_BA, beta * (1.0 - apart_BA))
-    share_BA = mean_BA if method.weights is not None else mean_BA.abs() / _total(mean_BA)
+    share_BA = mean_BA if method.weights is not None else mean_BA.abs() / _total_size(mean_BA)
     return Shaped(reward_BA, credit_BA, share_BA, apart_BA)
 
 
@@ -84,7 +84,7 @@ def disagreement(credits: Sequence[Tensor]) -> Tensor:
     return (credit_MBA.std(0, correction=0) / size_BA.where(size_BA > 0, 1.0)).clamp(max=1.0)
 
 
-def _total(credit_BA: Tensor) -> Tensor:
+def _total_size(credit_BA: Tensor) -> Tensor:
     total_B1 = credit_BA.abs().sum(1, keepdim=True)
     return total_B1.where(total_B1 > 0, 1.0)
 
@@ -103,17 +103,8 @@ def dropped(kinds: Collection[str], action_mask_BA: Tensor, special_BA: Tensor) 
 
 
 def without(weight_BA: Tensor, kept_BA: Tensor) -> Tensor:
-    """Weights on the kept actions only, renormalised.
-
-    out[b,t] = weight[b,t]·kept[b,t] / sum_u weight[b,u]·kept[b,u]
-
-    A row whose kept actions carry nothing is uniform over them; a row that keeps no action stays as it was.
-    """
-    left_BA = weight_BA.double() * kept_BA
-    total_B1 = left_BA.sum(1, keepdim=True)
-    usable_B1 = total_B1 > torch.finfo(torch.float32).tiny
-    out_BA = torch.where(usable_B1, (left_BA / total_B1.where(usable_B1, 1.0)).float(), uniform_weights(kept_BA))
-    return torch.where(kept_BA.any(1, keepdim=True), out_BA, weight_BA.float())
+    """Weights on the kept actions only, ``renormalised``; a row that keeps no action stays as it was."""
+    return torch.where(kept_BA.any(1, keepdim=True), renormalised(weight_BA, kept_BA), weight_BA.float())
 
 
 def entropy(weight_BA: Tensor) -> Tensor:

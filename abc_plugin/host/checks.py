@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from abc_plugin.attention import attach
+from abc_plugin.attention.contribution import check_last_layer
 from abc_plugin.attention.layers import skeleton
 from abc_plugin.attention.readers import attach_readers, check_causal
 from abc_plugin.config import ShapingConfig
@@ -25,17 +26,22 @@ from abc_plugin.text.compare import ModelTokenizer, compare
 READ = 1000  # prompts that both tokenizers read before training
 SCORERS = ("layer", "heads", "recovery", "tokenizer_check", "reward_text")  # settings that only who scores can heed
 ATTENTION = frozenset({"attention", "policy", "policy_last"})
-READ_BY = {"layer": ATTENTION, "recovery": ATTENTION, "heads": frozenset({"attention"})}  # option: needs it concerns
+READ_BY = {  # option: the needs that it concerns
+    "layer": ATTENTION | {"contribution"},
+    "recovery": ATTENTION,
+    "heads": frozenset({"attention"}),
+}
 
-# What needs one graph of the whole reward model on one device: (host's setting, refused value, why).
+# What needs a graph of the whole reward model, or of its last layer: (host's setting, refused value, why, needs).
+GRADIENTS = frozenset({"gradient", "contribution"})
 NO_GRADIENT = (
-    ("ds.zero_stage", lambda stage: stage == 3, "ZeRO-3 frees each layer's weights before a backward could use them"),
-    ("reward.offload", bool, "it keeps the reward model's weights on the CPU"),
-    ("ds.ring_attn_size", lambda size: size > 1, "it splits each sequence over processes"),
-    ("ds.tensor_parallel_size", lambda size: size > 1, "it splits each layer over processes"),
+    ("ds.zero_stage", lambda stage: stage == 3, "ZeRO-3 frees each layer's weights before a backward", {"gradient"}),
+    ("reward.offload", bool, "it keeps the reward model's weights on the CPU", {"gradient"}),
+    ("ds.ring_attn_size", lambda size: size > 1, "it splits each sequence over processes", GRADIENTS),
+    ("ds.tensor_parallel_size", lambda size: size > 1, "it splits each layer over processes", GRADIENTS),
 )
 
-# Advantage estimators that divide the scalar reward: a prefix's score, which nobody divides, would drown it, or drown.
+# Advantage estimators that divide the scalar reward: credit in the score's units would drown it, or drown.
 SCALED = ("group_norm",)
 
 
@@ -56,12 +62,12 @@ def check_method(args: Namespace, shaping: ShapingConfig, *, remote: str | None 
             "and its pooled credit the sparse reward; use sentence"
         )
     estimator = args.algo.advantage.estimator
-    if "prefix" in method.needs and estimator in SCALED:
+    if method.needs & {"prefix", "contribution"} and estimator in SCALED:
         raise UserError(
             f"{name} does not work with --algo.advantage.estimator {estimator}: it divides rewards by "
-            "their group's deviation, which a prefix's score does not know; use rloo, or --reward_shaping abc"
+            "their group's deviation, but credit has the score's units; use rloo, or --reward_shaping abc"
         )
-    if remote and method.needs & {"prefix", "gradient"}:
+    if remote and method.needs & {"prefix", *GRADIENTS}:
         raise UserError(
             f"{name} needs the reward model here, and {remote} sends scores and attention only; use abc, or "
             "--reward.model_name_or_path"
@@ -71,8 +77,8 @@ def check_method(args: Namespace, shaping: ShapingConfig, *, remote: str | None 
             f"{name} reads the score behind each of the policy's tokens, and with --shaping.tokenizer_check map the "
             "reward model's tokens end elsewhere; use abc or grad_input, or a reward model with the policy's tokenizer"
         )
-    for path, refused, why in NO_GRADIENT:
-        if "gradient" in method.needs and refused(attrgetter(path)(args)):
+    for path, refused, why, needs in NO_GRADIENT:
+        if method.needs & needs and refused(attrgetter(path)(args)):
             raise UserError(
                 f"{name} needs gradients of the reward model, and --{path} {attrgetter(path)(args)} stands in "
                 f"the way: {why}; leave it out, or use --reward_shaping prefix or abc"
@@ -150,13 +156,15 @@ def check_readers(
     args: Namespace, path: str, config: PretrainedConfig, shaping: ShapingConfig, *, runs_here: bool = True
 ) -> None:
     """A reward model of this structure can be read as the method needs; no weights are read."""
-    needs = methods.load(shaping.method).needs & {"attention", "prefix"} if shaping.dense else frozenset()
-    if not needs:
+    needs = methods.load(shaping.method).needs if shaping.dense else frozenset()
+    if not needs & {"attention", "prefix", "contribution"}:
         return
     name = f"--reward.model_name_or_path {path}"
     model = skeleton(config, args.ds.attn_implementation, name=name, runs_here=runs_here)
     if "prefix" in needs:
         check_causal(model)
+    if "contribution" in needs:
+        check_last_layer(model, shaping.layer)
     options = {"layer": shaping.layer, "recovery": shaping.recovery, "heads": shaping.head_list}
     for reader in attach_readers(model, needs & {"attention"}, **options).values():
         reader.close()

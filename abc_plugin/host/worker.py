@@ -75,7 +75,7 @@ class Member(NamedTuple):
         """Attach to a loaded model what the run's method needs. Raises UserError where it cannot be read so."""
         shaping = args.shaping
         needs = methods.load(shaping.method).needs if shaping.dense else ()
-        if "gradient" in needs:
+        if {"gradient", "contribution"} & set(needs):
             keep_gradients_exact(model)
         own = OwnTokens(args, path) if shaping.tokenizer_check == "map" else None
         readers = attach_readers(model, needs, layer=shaping.layer, recovery=shaping.recovery, heads=shaping.head_list)

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import spawn
-from recovery_models import RIGHT, inputs, tiny
+from recovery_models import RIGHT, inputs, tiny, tiny_reward_model
 from test_layouts import same
 
+from abc_plugin.attention.contribution import ContributionReader
 from abc_plugin.attention.matrix import rerun_eager_row
 from abc_plugin.attention.tap import AttentionTap
 
@@ -71,6 +72,18 @@ def zero3(model, zero, gathered):
     return recording.row_BS, plain, tapped, twice
 
 
+def contributions(zero):
+    """Rows of two forwards: the second is fetched in the order that DeepSpeed learnt from the first."""
+    engine = engine_of(tiny_reward_model(), zero)
+    recorded = []
+    for _ in range(2):
+        with ContributionReader(engine).record(RIGHT) as recording:
+            engine(**inputs(RIGHT), attention_mask=RIGHT)
+        recorded.append(recording.row_BS)
+    engine.destroy()
+    return recorded
+
+
 def tensor_parallel(heads):
     """(row, number of this process's heads) after the host's two steps, tp_model_init and initialize."""
     import deepspeed
@@ -94,6 +107,7 @@ def worker(rank):
     deepspeed.init_distributed("gloo")
     gathered = count_gathers()
     saved = {name: zero3(tiny(), zero, gathered) for name, zero in STAGES.items()}
+    saved |= {("contribution", name): contributions(zero) for name, zero in STAGES.items()}
     return saved | {name: tensor_parallel(heads) for name, heads in HEADS.items()}
 
 
@@ -110,6 +124,16 @@ def test_zero3_gives_the_eager_row_and_gathers_no_parameter_more(ranks, stage):
         same(row, expected)
         assert tapped == plain
         assert len(twice) == len(plain) + 1  # the count would show one more use
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_zero3_gives_the_contributions_of_one_process(ranks, stage):
+    model = tiny_reward_model()
+    with torch.no_grad(), ContributionReader(model).record(RIGHT) as recording:
+        model(**inputs(RIGHT), attention_mask=RIGHT)
+    for saved in ranks:
+        for row in saved["contribution", stage]:
+            same(row, recording.row_BS)
 
 
 @pytest.mark.parametrize(("split", "shares"), [("even", [2, 2]), ("uneven", [1, 2])])

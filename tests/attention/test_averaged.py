@@ -20,7 +20,7 @@ from abc_plugin.attention import attach
 from abc_plugin.attention.positions import generating_rows
 from abc_plugin.attention.row import averaged_matrix, averaged_row
 from abc_plugin.errors import CreditError
-from abc_plugin.tools.bench.parity import BF16, FP32, distance, feed_of
+from abc_plugin.tools.bench.parity import BF16, FP32, accepted_inputs, distance
 
 # Grouped queries, norm before the product, learned positions, partial rotary, windows, one projection, sinks, latent
 # attention; and modules outside the attention interface, of the authors' own models.
@@ -37,7 +37,7 @@ def eager_matrices(model, mask):
     """Every layer's weights by the model itself, mean over heads, (B, S, S)."""
     model = use_implementation(copy.deepcopy(model), "eager")
     with torch.no_grad():
-        reported = model(attention_mask=mask, output_attentions=True, use_cache=False, **feed_of(model, mask))
+        reported = model(attention_mask=mask, output_attentions=True, use_cache=False, **accepted_inputs(model, mask))
     return [weights.float().mean(1) for weights in reported.attentions]
 
 
@@ -53,7 +53,7 @@ def mean_by_loop(weights_BSS, queries):
 def recovered(model, layer, mask, queries, recovery="auto", feed=None, **options):
     with closing(attach(model, layer, recovery, **options)) as reader, cpu_flash():
         with torch.no_grad(), reader.record(mask, queries_BS=queries) as recording:
-            model(**(feed or {"attention_mask": mask, **feed_of(model, mask)}))
+            model(**(feed or {"attention_mask": mask, **accepted_inputs(model, mask)}))
         return recording.row_BHS if options.get("per_head") else recording.row_BS
 
 

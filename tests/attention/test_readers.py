@@ -4,8 +4,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from recovery_models import LEFT, NONE, RIGHT, RewardModel, inputs, tiny, tiny_reward_model
-from torch import nn
+from recovery_models import LEFT, NONE, RIGHT, PackedRewardModel, Scored, inputs, tiny, tiny_reward_model
 
 from abc_plugin.attention import attach
 from abc_plugin.attention.positions import score_positions
@@ -14,27 +13,6 @@ from abc_plugin.errors import CreditError, UserError
 
 CAUSAL = ("llama", "qwen3", "gpt2", "gemma3", "mixtral", "qwen3_next", "gpt_neox", "falcon_h1", "bloom", "gptj")
 BOTH_WAYS = ("modernbert", "bert", "eurobert", "deberta_v2")
-
-
-class Scored(nn.Module):
-    """Any family's base model with a scalar head, read at the mask's last token as OpenRLHF reads it."""
-
-    def __init__(self, family):
-        super().__init__()
-        self.base = tiny(family)
-        self.config = self.base.config
-        torch.manual_seed(1)
-        self.score = nn.Linear(32, 1, bias=False)
-
-    def get_input_embeddings(self):
-        return self.base.get_input_embeddings()
-
-    def forward(self, ids, mask):
-        extra = {}
-        if self.config.model_type != "bloom":
-            extra["position_ids"] = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
-        values = self.score(self.base(input_ids=ids, attention_mask=mask, use_cache=False, **extra)[0]).squeeze(-1)
-        return values.gather(1, score_positions(mask)[:, None]).squeeze(1)
 
 
 @pytest.mark.parametrize("family", CAUSAL)
@@ -117,32 +95,20 @@ def test_a_forward_that_fails_leaves_the_grad_mode_as_it_was():
         pass
 
 
-class Packed(RewardModel):
-    """Runs on the stream of the mask's tokens, as OpenRLHF does with --ds.packing_samples."""
-
-    def forward(self, ids, mask):
-        stream = ids[mask == 1][None]
-        position = (mask.cumsum(1) - 1)[mask == 1][None]
-        hidden = self.model(stream, position_ids=position, use_cache=False).last_hidden_state
-        values = torch.zeros(mask.shape).masked_scatter(mask == 1, self.score(hidden).squeeze(-1))
-        return values.gather(1, score_positions(mask)[:, None]).squeeze(1)
-
-
 @pytest.mark.parametrize("padding", [LEFT, RIGHT])
 @torch.no_grad()
 def test_packed_samples_read_as_padded_ones(padding):
     ids, mask = inputs(padding)["input_ids"], padding
-    plain, packed = tiny_reward_model(), Packed(tiny_reward_model().config).eval()
-    packed.load_state_dict(plain.state_dict())
-    found = []
+    plain, packed = tiny_reward_model(), tiny_reward_model(PackedRewardModel)
+    read = []
     for model, extra in ((plain, [(mask.cumsum(1) - 1).masked_fill(mask == 0, 1)]), (packed, [])):
-        readers = attach_readers(model, {"attention", "prefix", "gradient", "policy"})
-        assert list(readers) == ["attention", "prefix", "gradient"]
+        readers = attach_readers(model, {"attention", "prefix", "gradient", "contribution", "policy"})
+        assert list(readers) == ["attention", "prefix", "gradient", "contribution"]
         with record(readers, mask) as recordings:
             score = model(ids, mask, *extra)
-        found.append(rows(recordings) | {"score": score})
-    for name, expected in found[0].items():
-        torch.testing.assert_close(found[1][name], expected, atol=1e-5, rtol=1e-4)
+        read.append(rows(recordings) | {"score": score})
+    for name, expected in read[0].items():
+        torch.testing.assert_close(read[1][name], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_values_of_another_stream_are_refused():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from abc_plugin.credit.methods import ABC, GRAD_INPUT, PREFIX, UNIFORM, Evidence
+from abc_plugin.credit.methods import ABC, ABC_SIGNED, GRAD_INPUT, PREFIX, UNIFORM, Evidence
 from abc_plugin.credit.metrics import mean_disagreement, negative_share
 from abc_plugin.credit.redistribute import mix
 from abc_plugin.credit.shaping import disagreement, dropped, entropy, pooled, shape, with_entropy, without
@@ -45,8 +45,8 @@ def test_prefix_reads_the_prompts_end_and_the_actions_but_the_last():
     acts_later = MASK.flip(1).cumsum(1).flip(1) > MASK
     starts = torch.nn.functional.pad(MASK[:, 1:], (0, 1)).bool() & (MASK.cumsum(1) == 0)
     noisy = torch.where(MASK.bool() & acts_later | starts, phi, 100.0)
-    of = [PREFIX.credit(Evidence(IDS, MASK, prefix_BA=x), REWARD) for x in (phi, noisy)]
-    torch.testing.assert_close(*of)
+    credits = [PREFIX.credit(Evidence(IDS, MASK, prefix_BA=x), REWARD) for x in (phi, noisy)]
+    torch.testing.assert_close(*credits)
 
 
 def test_gradient_by_hand():
@@ -62,6 +62,16 @@ def test_gradients_that_cancel_are_no_division_by_zero():
     gradient = tensor([0.0, 1.0, -1.0, 1e-20, 0.0])
     credit = GRAD_INPUT.credit(Evidence(IDS[:1], MASK[:1], gradient_BA=gradient), REWARD[:1])
     torch.testing.assert_close(credit, tensor([0, 1 + 2 / 3, -1 + 2 / 3, 2 / 3, 0]))
+
+
+def test_contribution_by_hand():
+    contribution = tensor([9.0, 1.5, -0.25, 7.0, 9.0], [0.5, 9.0, 9.0, -1.0, 7.0], [3.0] * 5, [1.0] * 5)
+    credit = ABC_SIGNED.credit(Evidence(IDS, MASK, contribution_BA=contribution), REWARD)
+    # 2 - 1.5 + 0.25 on the last action; -1 - 0.5 + 1, over the other side's turn; one action has all; nothing.
+    expected = tensor([0, 1.5, -0.25, 0.75, 0], [0.5, 0, 0, -1.0, -0.5], [0, 0, 5.0, 0, 0], [0] * 5)
+    assert torch.equal(credit, expected)
+    shaped = shape(ABC_SIGNED, [Evidence(IDS, MASK, contribution_BA=contribution)], REWARD, beta=0.5)
+    assert torch.equal(shaped.reward_BA[0], torch.tensor([0, 0.75, -0.125, 1.375, 0]))
 
 
 def test_dropped_tokens_by_hand():
@@ -104,8 +114,8 @@ def test_pooling_a_causal_method_keeps_it_causal():
     ends = torch.tensor([[0, 0, 1, 0, 1, 0, 0, 1]]).bool()
     other = phi.clone()
     other[0, 5:] = torch.randn(3)
-    of = [pooled(PREFIX.credit(Evidence(IDS, mask, prefix_BA=x), REWARD[:1]), mask, ends) for x in (phi, other)]
-    assert torch.equal(of[0][:, :5], of[1][:, :5])
+    one, two = (pooled(PREFIX.credit(Evidence(IDS, mask, prefix_BA=x), REWARD[:1]), mask, ends) for x in (phi, other))
+    assert torch.equal(one[:, :5], two[:, :5])
 
 
 def test_mix_by_hand():

@@ -16,8 +16,11 @@ EXCEPTIONS = {
     "sign": {"prefix": "as above", "grad_input": "|reward| keeps a token's sign where the reward is negative"},
     "order": {"prefix": "a score is a difference to the one before", "none": "all on the last action"},
 }
-SIGNED = {"prefix", "grad_input"}
-NAMES = methods.available()
+EXCEPTIONS["scale"]["abc_signed"] = EXCEPTIONS["sign"]["abc_signed"] = "contributions have the score's units"
+EXCEPTIONS["order"]["abc_signed"] = "the rest lies on the last action"
+SIGNED = {"prefix", "grad_input", "abc_signed"}
+METHODS = {name: methods.load(name) for name in methods.available()} | {"abc_signed": methods.ABC_SIGNED}
+NAMES = sorted(METHODS)
 
 
 def evidence_of(seed, rows, width, density, scale=1.0):
@@ -27,7 +30,7 @@ def evidence_of(seed, rows, width, density, scale=1.0):
     given = {}
     for need in methods.NEEDS:
         value = torch.randn(rows, width, generator=rng) * scale
-        given[f"{need}_BA"] = value if need in ("prefix", "gradient") else value.abs()
+        given[f"{need}_BA"] = value if need in ("prefix", "gradient", "contribution") else value.abs()
     return Evidence(torch.randint(2, 50, (rows, width + 1), generator=rng), mask, **given)
 
 
@@ -53,7 +56,7 @@ def test_the_exceptions_are_of_registered_methods():
     assert set(NAMES) >= {"none", "uniform", "abc", "abc_d", "abc_d2", "prefix", "grad_input"}
     for kind in EXCEPTIONS.values():
         assert set(kind) <= set(NAMES)
-    assert {name for name in NAMES if methods.load(name).weights is None} == SIGNED
+    assert {name for name in NAMES if METHODS[name].weights is None} == SIGNED
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,7 +64,7 @@ def test_the_exceptions_are_of_registered_methods():
 @given(batch=batches(), beta=st.floats(0, 1))
 def test_credit_is_fp32_conserved_and_on_the_actions(name, batch, beta):
     evidence, reward_B = batch
-    method, mask = methods.load(name), evidence.action_mask_BA
+    method, mask = METHODS[name], evidence.action_mask_BA
     credit = method.credit(evidence, reward_B)
     assert credit.dtype == torch.float32 and credit.shape == mask.shape
     assert torch.isfinite(credit).all() and (credit[~mask] == 0).all()
@@ -80,7 +83,7 @@ def test_credit_is_fp32_conserved_and_on_the_actions(name, batch, beta):
 @given(batch=batches(), seed=st.integers(0, 2**31))
 def test_rows_do_not_depend_on_their_batch_or_padding(name, batch, seed):
     evidence, reward_B = batch
-    method = methods.load(name)
+    method = METHODS[name]
     whole = method.credit(evidence, reward_B)
     order = torch.randperm(len(reward_B), generator=torch.Generator().manual_seed(seed))
     assert torch.equal(method.credit(each(lambda x: x[order], evidence), reward_B[order]), whole[order])
@@ -102,7 +105,7 @@ def test_rows_do_not_depend_on_their_batch_or_padding(name, batch, seed):
 def test_evidence_in_another_order_is_credit_in_that_order(name, batch, seed):
     """Of the tokens that are no actions, too: only what lies on an action counts, not where it lies."""
     evidence, reward_B = batch
-    method, width = methods.load(name), evidence.action_mask_BA.shape[1]
+    method, width = METHODS[name], evidence.action_mask_BA.shape[1]
     order = torch.randperm(width, generator=torch.Generator().manual_seed(seed))
     moved = Evidence(evidence.sequences_BS, *[value[:, order] for value in list(vars(evidence).values())[1:]])
     if name not in EXCEPTIONS["order"]:
@@ -112,7 +115,7 @@ def test_evidence_in_another_order_is_credit_in_that_order(name, batch, seed):
 
 @pytest.mark.parametrize("name", sorted(EXCEPTIONS["order"]))
 def test_the_exceptions_of_order_are_some(name):
-    method, evidence, reward_B = methods.load(name), evidence_of(3, 4, 9, 0.7), torch.tensor([2.0, -1.0, 0.5, 3.0])
+    method, evidence, reward_B = METHODS[name], evidence_of(3, 4, 9, 0.7), torch.tensor([2.0, -1.0, 0.5, 3.0])
     moved = Evidence(evidence.sequences_BS, *[value.flip(1) for value in list(vars(evidence).values())[1:]])
     assert not torch.allclose(method.credit(moved, reward_B), method.credit(evidence, reward_B).flip(1))
 
@@ -120,7 +123,7 @@ def test_the_exceptions_of_order_are_some(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("kind", "factor"), [("scale", 4.0), ("sign", -2.0)])
 def test_credit_scales_with_the_reward(name, kind, factor):
-    method, evidence, reward_B = methods.load(name), evidence_of(3, 4, 9, 0.7), torch.tensor([2.0, -1.0, 0.5, 3.0])
+    method, evidence, reward_B = METHODS[name], evidence_of(3, 4, 9, 0.7), torch.tensor([2.0, -1.0, 0.5, 3.0])
     scaled, expected = method.credit(evidence, factor * reward_B), factor * method.credit(evidence, reward_B)
     if name in EXCEPTIONS[kind]:
         assert not torch.allclose(scaled, expected)
@@ -130,7 +133,7 @@ def test_credit_scales_with_the_reward(name, kind, factor):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_options_compose_with_every_method_and_keep_the_sum(name):
-    method, evidence, reward_B = methods.load(name), evidence_of(5, 4, 12, 0.7), torch.tensor([2.0, -1.0, 0.5, 3.0])
+    method, evidence, reward_B = METHODS[name], evidence_of(5, 4, 12, 0.7), torch.tensor([2.0, -1.0, 0.5, 3.0])
     other = evidence_of(6, 4, 12, 0.7)
     members = [evidence, Evidence(evidence.sequences_BS, evidence.action_mask_BA, *list(vars(other).values())[2:])]
     mask = evidence.action_mask_BA

@@ -14,12 +14,11 @@ from rich.table import Table
 from abc_plugin.errors import UserError
 
 try:
-    from abc_plugin.report import compare
     from abc_plugin.report.curves import draw
     from abc_plugin.report.page import Content, headline, render
     from abc_plugin.report.records import FILE, read_records
+    from abc_plugin.report.runs import FOOTNOTE, Run, comparison, read_run
     from abc_plugin.report.samples import read_samples
-    from abc_plugin.report.scalars import Run, read_run
 except ModuleNotFoundError as error:
     raise UserError(f"abc-rlhf report needs {error.name}; pip install 'abc-plugin[report]'") from None
 
@@ -119,16 +118,16 @@ def _write(out: Path, html: str, png: bytes) -> tuple[Path, Path]:
 
 
 def _print_comparison(runs: list[Run]) -> None:
-    rows = [row.cells() for row in compare.summarise(runs)]
     table = Table(box=None, padding=(0, 1, 0, 0))
-    for name, *cells in zip(compare.HEADER, *rows, strict=True):
+    rows = comparison(runs)
+    for name, cells in rows.items():
         # In a narrow terminal headings and sentences may break over lines, numbers may not.
         table.add_column(name, min_width=max((len(cell) for cell in cells if "±" in cell), default=None))
-    for row in rows:
+    for row in rows.itertuples(index=False):
         table.add_row(*row)
     console = Console(markup=False, highlight=False)
     console.print(table)
-    console.print(compare.FOOTNOTE, style="dim")
+    console.print(FOOTNOTE, style="dim")
 
 
 def _command_line(args: argparse.Namespace) -> str:

@@ -14,6 +14,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
+from abc_plugin.report.samples import Sample
 from abc_plugin.report.tokens import COLD, HOT, SWATCHES, intensity, shown_tokens, visible
 
 
@@ -29,7 +30,6 @@ environment = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-environment.globals |= {"hot": HOT, "cold": COLD, "intensity": intensity, "swatches": SWATCHES}
 environment.filters |= {"picture": lambda png: Markup(f"data:image/png;base64,{base64.b64encode(png).decode()}")}
 
 
@@ -52,11 +52,15 @@ def table(
     return render("report/templates/table.html", header=header, rows=rows, numbers=numbers, kind=kind)
 
 
-def completion(sample: Any) -> Markup:
+def completion(sample: Sample) -> Markup:
     """A sample's tokens on backgrounds of their credit, its numbers where one points at a token."""
-    return Markup(environment.get_template("report/templates/tokens.html").module.completion(shown_tokens(sample)))
+    return Markup(environment.get_template("report/templates/tokens.html").module.completion(sample))
 
 
 def legend(signed: bool) -> Markup:
     """What the backgrounds and marks of tokens mean."""
     return Markup(environment.get_template("report/templates/tokens.html").module.legend(signed))
+
+
+environment.globals |= {"hot": HOT, "cold": COLD, "swatches": SWATCHES, "intensity": intensity}
+environment.globals |= {"shown_tokens": shown_tokens, "table": table}

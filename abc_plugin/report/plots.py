@@ -91,18 +91,20 @@ def panels(
     *,
     panel: tuple[float, float] = PANEL_INCHES,
     above: float = 0.6,
+    keep_columns: bool = False,
     **shared: Any,
 ) -> tuple[Figure, list[Axes]]:
     """A figure of ``count`` panels in rows of ``columns``, ``panel`` inches each and ``above`` inches for a legend.
 
+    keep_columns: also where there are fewer panels, so that those of two figures are as wide.
     shared: e.g. sharex=True, as of ``Figure.subplots``.
     """
-    columns = min(columns, count)
+    columns = columns if keep_columns else min(columns, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(panel[0] * columns, panel[1] * rows + above), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
     for empty in range(count, rows * columns):
-        axes[empty - columns].tick_params(labelbottom=True)  # with a shared axis only the last row has labels
+        axes[max(0, empty - columns)].tick_params(labelbottom=True)  # with a shared axis only the last row has labels
         axes[empty].remove()
     return figure, axes[:count]
 

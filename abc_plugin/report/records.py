@@ -20,13 +20,14 @@ A line holds, beside what a samples file holds (prompt, tokens, credit, reward):
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from abc_plugin.errors import UserError
-from abc_plugin.report.samples import Sample, is_finite, numbered_lines, problem_of
+from abc_plugin.report import samples
+from abc_plugin.report.jsonl import read_jsonl
 
 FILE = "completions.jsonl"
 FLAG = "--shaping.show_every"
@@ -39,11 +40,20 @@ COLUMNS = (
     ("advantage", "advantage", "{:+.2f}"),
     ("return", "return", "{:+.3f}"),
 )
-FIELDS = {"run": str, "step": int, "sample": int, "method": str, "beta": (int, float), "truncated": bool}
+FIELDS = samples.FIELDS | {
+    "run": "a string",
+    "step": "a whole number",
+    "sample": "a whole number",
+    "method": "a string",
+    "beta": "a finite number",
+    "truncated": "true or false",
+    "spread_reward": "a finite number",
+    "ids": "a list of finite numbers",
+}
 
 
 @dataclass(frozen=True)
-class Record(Sample):
+class Record(samples.Sample):
     """One recorded completion; ``columns`` maps the fields of COLUMNS that it has to one number per token."""
 
     run: str
@@ -71,10 +81,10 @@ class Record(Sample):
         """Whether the token's id is a special one."""
         return token in self.specials
 
-    def numbers(self, token: int) -> list[tuple[str, str]]:
-        """(what, value) of what is known of a token beside its credit."""
-        known = [(name, form, self.columns[field][token]) for field, name, form in COLUMNS if field in self.columns]
-        return [("id", str(self.ids[token]))] + [(name, form.format(v)) for name, form, v in known if v is not None]
+    def numbers(self, token: int) -> dict[str, str]:
+        """What is known of a token beside its credit, by name."""
+        known = {name: (self.columns[field][token], form) for field, name, form in COLUMNS if field in self.columns}
+        return {"id": str(self.ids[token])} | {n: form.format(v) for n, (v, form) in known.items() if v is not None}
 
 
 def read_records(path: str | Path) -> tuple[list[Record], list[str]]:
@@ -84,58 +94,36 @@ def read_records(path: str | Path) -> tuple[list[Record], list[str]]:
     ones wrote. A line cut short, as a killed process leaves it, is skipped with a note.
     Raises UserError, naming file and line, on anything else that is no record.
     """
+    cut: list[str] = []
     kept: list[Record] = []
-    notes, lines = [], numbered_lines(path)
-    for number, line in lines:
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError:
-            notes.append(f"{path}:{number} is cut short, as when a run is killed, and was skipped")
-            continue
-        if problem := _problem(fields):
-            raise UserError(f"{path}:{number}: {problem}; it is not a file of completions recorded by {FLAG}")
-        record = record_of(fields)
+    remedy = f"it is not a file of completions recorded by {FLAG}"
+    for where, fields in read_jsonl(path, remedy, cut=cut):
+        record = _parse(where, fields, remedy)
         if kept and record.run != kept[-1].run:
             kept = [old for old in kept if old.step < record.step]
         kept.append(record)
     if not kept:
-        what = f"{len(lines)} lines, none a record" if lines else "nothing"
+        what = f"{len(cut)} lines, none a record" if cut else "nothing"
         raise UserError(f"{path} holds {what}; train with {FLAG} N to record completions every N steps")
+    notes = [f"{where} is cut short, as when a run is killed, and was skipped" for where in cut]
     return sorted(kept, key=lambda record: record.step), notes
 
 
 def by_step(records: list[Record]) -> dict[int, list[Record]]:
-    """Records by step, both in order."""
-    steps: dict[int, list[Record]] = {}
-    for record in records:
-        steps.setdefault(record.step, []).append(record)
-    return steps
+    """Records by step; they are sorted by it."""
+    return {step: list(group) for step, group in groupby(records, key=lambda record: record.step)}
 
 
 def record_of(fields: dict[str, Any]) -> Record:
     """The record of a line's fields."""
-    plain = {name: fields[name] for name in (*FIELDS, "prompt", "tokens", "credit", "reward", "spread_reward", "ids")}
     columns = {field: fields[field] for field, _, _ in COLUMNS if fields[field] is not None}
-    return Record(**plain, specials=frozenset(fields["special"]), columns=columns)
+    return Record(**{name: fields[name] for name in FIELDS}, specials=frozenset(fields["special"]), columns=columns)
 
 
-def _problem(fields: Any) -> str | None:
-    """What is wrong with a parsed line, None if nothing is."""
-    if problem := problem_of(fields):
-        return problem
-    columns = [field for field, _, _ in COLUMNS]
-    missing = [name for name in (*FIELDS, "spread_reward", "ids", "special", *columns) if name not in fields]
-    if missing:
-        return f"lacks {', '.join(missing)}"
-    wrong = [name for name, kind in FIELDS.items() if not isinstance(fields[name], kind)]
-    if wrong or not is_finite(fields["spread_reward"]):
-        return f"{(wrong or ['spread_reward'])[0]} {fields[(wrong or ['spread_reward'])[0]]!r} makes no sense"
-    for name in ("ids", "special", *columns):
-        values = fields[name]
-        if values is None and name in columns:
-            continue
-        if not isinstance(values, list) or not all(v is None or isinstance(v, (int, float)) for v in values):
-            return f"{name} is not a list of numbers"
-        if name != "special" and len(values) != len(fields["tokens"]):
-            return f"{len(fields['tokens'])} tokens but {len(values)} of {name}"
-    return None
+def _parse(where: str, fields: dict[str, Any], remedy: str) -> Record:
+    """As ``record_of``. Raises UserError where the line is no record; columns may be null (no critic)."""
+    columns = dict.fromkeys([field for field, _, _ in COLUMNS], "a list of finite numbers")
+    given = {name: kind for name, kind in columns.items() if fields.get(name, ...) is not None}
+    kinds = FIELDS | {"special": "a list of finite numbers"} | given
+    samples.check_fields(where, fields, kinds, ("credit", "ids", *given), remedy)
+    return record_of(fields)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import statistics
+import reprlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from abc_plugin.errors import UserError
+from abc_plugin.report.jsonl import read_jsonl
 
 Item = TypeVar("Item")
 
@@ -28,7 +28,7 @@ class Sample:
     """One completion: the tokens' texts join to it, ``credit`` has one share per token.
 
     Shares sum to 1. Signed ones sum to 1 in absolute value: a token above 0 raised the reward, one below lowered it.
-    A share of None is of a token that the policy did not choose (a tool's answer between its turns).
+    A share of None is of a token that the policy did not generate (a tool's answer between its turns).
     """
 
     prompt: str
@@ -38,12 +38,12 @@ class Sample:
 
     @property
     def caption(self) -> str:
-        """One line about the completion."""
+        """One line that names the completion."""
         return f"reward {self.reward:.2f} · {self.actions} tokens"
 
     @cached_property
     def actions(self) -> int:
-        """Number of tokens that the policy chose."""
+        """Number of tokens that the policy generated."""
         return sum(share is not None for share in self.credit)
 
     @property
@@ -55,79 +55,65 @@ class Sample:
         """Whether the token is a special one, by the looks of its text."""
         return bool(SPECIAL.fullmatch(self.tokens[token].strip()))
 
-    def numbers(self, token: int) -> list[tuple[str, str]]:
-        """(what, value) of what is known of a token beside its credit."""
-        return [("reward", f"{self.reward:.2f}")]
+    def numbers(self, token: int) -> dict[str, str]:
+        """What is known of a token beside its credit, by name."""
+        return {"reward": f"{self.reward:.2f}"}
 
 
-def read_samples(path: str | Path) -> list[Sample]:
-    """The samples of a file, in its order; blank lines are skipped.
-
-    Raises UserError, naming file and line, on a line that is not JSON, lacks a field, has a field of another type, a
-    number that is not finite, other than one weight per token, or weights that do not sum to 1; and on an empty file.
-    """
-    samples = [_parse(line, f"{path}:{number}") for number, line in numbered_lines(path)]
-    if not samples:
-        raise UserError(f"samples file {path} is empty; abc-rlhf evaluate writes one")
-    return samples
-
-
-def numbered_lines(path: str | Path) -> list[tuple[int, str]]:
-    """The lines that are not blank, with their numbers. Raises UserError when there is no such file of text."""
-    try:
-        with open(path, encoding="utf-8") as lines:
-            return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    except OSError as error:
-        raise UserError(f"cannot read samples file {path}: {error.strerror}; abc-rlhf evaluate writes one") from None
-    except UnicodeDecodeError:
-        raise UserError(f"samples file {path} is not UTF-8 text; abc-rlhf evaluate writes one") from None
-
-
-def _parse(line: str, where: str) -> Sample:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg}); write the file again with abc-rlhf evaluate") from None
-    problem = problem_of(record)
-    if problem:
-        raise UserError(f"{where}: {problem}; write the file again with abc-rlhf evaluate")
-    return Sample(record["prompt"], record["tokens"], record["credit"], record["reward"])
-
-
-def problem_of(record: Any) -> str | None:
-    """What is wrong with a parsed line, None if nothing is."""
-    if not isinstance(record, dict):
-        return "not an object with prompt, tokens, credit and reward"
-    missing = [name for name in ("prompt", "tokens", "credit", "reward") if name not in record]
-    if missing:
-        return f"lacks {', '.join(missing)}"
-    tokens, credit = record["tokens"], record["credit"]
-    if not isinstance(record["prompt"], str):
-        return "prompt is not a string"
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        return "tokens is not a list of strings"
-    if not isinstance(credit, list) or not all(share is None or is_finite(share) for share in credit):
-        return "credit is not a list of finite numbers"
-    if not is_finite(record["reward"]):
-        return f"reward {record['reward']!r} is not a finite number"
-    if len(tokens) != len(credit):
-        return f"{len(tokens)} tokens but {len(credit)} credit weights"
-    shares = [share for share in credit if share is not None]
-    sums = sum(shares), sum(map(abs, shares))
-    if any(shares) and all(abs(total - 1.0) > SUM_TOLERANCE for total in sums):
-        return f"credit sums to {sums[0]:.4g}, not to 1"
-    return None
-
-
-def is_finite(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float | None]:
-    """Mean and its standard error, sqrt(sum (x - mean)^2 / (n - 1) / n); None for a single value."""
-    if len(values) == 1:
-        return values[0], None
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "a string": lambda value: isinstance(value, str),
+    "a finite number": _is_number,
+    "a whole number": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "true or false": lambda value: isinstance(value, bool),
+    "a list of strings": lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+    "a list of finite numbers": lambda value: (
+        isinstance(value, list) and all(item is None or _is_number(item) for item in value)
+    ),
+}
+FIELDS = {
+    "prompt": "a string",
+    "tokens": "a list of strings",
+    "credit": "a list of finite numbers",
+    "reward": "a finite number",
+}
+
+
+def check_fields(
+    where: str, fields: dict[str, Any], kinds: dict[str, str], per_token: tuple[str, ...], remedy: str
+) -> None:
+    """Raises UserError, naming ``where``, unless the line has all fields, of their kinds, a number per token, and
+    shares that sum to 1."""
+    if missing := [name for name in kinds if name not in fields]:
+        raise UserError(f"{where}: lacks {', '.join(missing)}; {remedy}")
+    for name, kind in kinds.items():
+        if not KINDS[kind](fields[name]):
+            raise UserError(f"{where}: {name} {reprlib.repr(fields[name])} is not {kind}; {remedy}")
+    count = len(fields["tokens"])
+    for name in per_token:
+        if len(fields[name]) != count:
+            raise UserError(f"{where}: {count} tokens but {len(fields[name])} numbers of {name}; {remedy}")
+    shares = [share for share in fields["credit"] if share is not None]
+    sums = sum(shares), sum(map(abs, shares))
+    if any(shares) and all(abs(total - 1.0) > SUM_TOLERANCE for total in sums):
+        raise UserError(f"{where}: credit sums to {sums[0]:.4g}, not to 1; {remedy}")
+
+
+def read_samples(path: str | Path) -> list[Sample]:
+    """The samples of a file, in its order.
+
+    Raises UserError, naming file and line, on a line that is no sample; and on an empty file.
+    """
+    samples = []
+    for where, fields in read_jsonl(path, "abc-rlhf evaluate writes samples files"):
+        check_fields(where, fields, FIELDS, ("credit",), "write the file again with abc-rlhf evaluate")
+        samples.append(Sample(**{name: fields[name] for name in FIELDS}))
+    if not samples:
+        raise UserError(f"samples file {path} is empty; abc-rlhf evaluate writes one")
+    return samples
 
 
 def pair_up(before: list[Sample], after: list[Sample]) -> list[tuple[Sample, Sample]]:
@@ -151,13 +137,16 @@ def _by_occurrence(samples: list[Sample]) -> dict[tuple[str, int], Sample]:
     return keyed
 
 
+def evenly_spaced(items: list[Item], count: int) -> list[Item]:
+    """``count`` items at even distances, the first and the last among them; all if there are at most that many."""
+    if len(items) <= count:
+        return items
+    return [items[i * (len(items) - 1) // max(1, count - 1)] for i in range(count)]
+
+
 def spread_over_ranks(items: list[Item], key: Callable[[Item], float], count: int) -> list[tuple[int, Item]]:
     """(rank, item) of ``count`` items at evenly spaced ranks from the largest key (rank 1) to the smallest.
 
-    Both ends are in (of one item the first); all items when there are at most ``count``. Ties keep the given order,
-    so the choice depends on nothing but the data.
+    Ties keep the given order, so the selection depends on nothing but the data.
     """
-    ranked = list(enumerate(sorted(items, key=key, reverse=True), 1))
-    if len(ranked) <= count:
-        return ranked
-    return [ranked[i * (len(ranked) - 1) // max(1, count - 1)] for i in range(count)]
+    return evenly_spaced(list(enumerate(sorted(items, key=key, reverse=True), 1)), count)

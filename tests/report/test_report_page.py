@@ -5,45 +5,52 @@ import json
 import math
 import re
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from report_support import (
-    REWARD,
     colours,
-    from_one,
     make_run,
     outline,
-    page_of,
     pixels,
+    recorded,
+    run_of,
     sample,
+    words,
     write_events,
+    write_records,
     write_samples,
 )
+from snapshots import assert_snapshot
 
 from abc_plugin import cli
 from abc_plugin.errors import UserError
-from abc_plugin.report import page
 from abc_plugin.report.curves import draw
-from abc_plugin.report.samples import mean_and_error, pair_up, read_samples, spread_over_ranks
-from abc_plugin.report.scalars import Run
-from abc_plugin.report.tokens import SWATCHES, completion, intensity, legend, token_text, visible
+from abc_plugin.report.html import completion, legend
+from abc_plugin.report.page import Content, render
+from abc_plugin.report.records import record_of
+from abc_plugin.report.samples import pair_up, read_samples, spread_over_ranks
+from abc_plugin.report.tokens import SWATCHES, intensity, token_text, visible
+from abc_plugin.report.training import chart, section
+
+EVIL = "<script>x</script>\"'&"
+WRITTEN = Path(__file__).parent / "written"  # by an earlier version: files of a run and of abc-rlhf evaluate
+
+
+def page_of(before=(), after=(), summary=None, run=None, runs=None, command="abc-rlhf report r", records=()):
+    run = run or run_of(1.0, 2.0)
+    return render(Content(run, runs or [run], list(before), list(after), summary or {}, command, list(records)))
+
 
 # samples
-
-
-def test_standard_error_by_hand():
-    # 1, 2, 3, 6: mean 3, squares 4 + 1 + 0 + 9 = 14, variance 14 / 3, error sqrt(14 / 3 / 4)
-    assert mean_and_error([1.0, 2.0, 3.0, 6.0]) == pytest.approx((3.0, math.sqrt(14 / 12)))
-    assert mean_and_error([2.0]) == (2.0, None)
 
 
 def test_samples_are_read_in_order_and_blank_lines_skipped(tmp_path):
     samples = [sample("one", reward=1.0), sample("two\u2028", tokens=[], credit=[]), sample(credit=(1.5, -0.5))]
     path = tmp_path / "s.jsonl"
-    text = "\n\n".join(json.dumps(asdict(s), ensure_ascii=False) for s in samples)
-    path.write_text(text, encoding="utf-8")
+    path.write_text("\n\n".join(json.dumps(asdict(s), ensure_ascii=False) for s in samples), encoding="utf-8")
     assert read_samples(path) == samples
 
 
@@ -51,35 +58,31 @@ GOOD = {"prompt": "p", "tokens": ["a", "b"], "credit": [0.5, 0.5], "reward": 1}
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("fields", "message"),
     [
-        ("{", "not JSON"),
-        ("[1]", "not an object"),
-        (json.dumps({"prompt": "p", "tokens": []}), "lacks credit, reward"),
-        (json.dumps(GOOD | {"credit": [1.0]}), "2 tokens but 1 credit weights"),
-        (json.dumps(GOOD | {"credit": [0.5, 0.6]}), "sums to 1.1"),
-        (json.dumps(GOOD | {"credit": [0.5, "x"]}), "credit is not"),
-        (json.dumps(GOOD | {"credit": [0.5, math.nan]}), "credit is not"),
-        (json.dumps(GOOD | {"tokens": "ab"}), "tokens is not"),
-        (json.dumps(GOOD | {"prompt": 3}), "prompt is not"),
-        (json.dumps(GOOD | {"reward": math.inf}), "reward inf"),
-        (json.dumps(GOOD | {"reward": True}), "reward True"),
+        ({"prompt": "p", "tokens": []}, "lacks credit, reward"),
+        (GOOD | {"credit": [1.0]}, "2 tokens but 1 numbers of credit"),
+        (GOOD | {"credit": [0.5, 0.6]}, "credit sums to 1.1, not to 1"),
+        (GOOD | {"credit": [0.5, "x"]}, "credit [0.5, 'x'] is not a list of finite numbers"),
+        (GOOD | {"credit": [0.5, math.nan]}, "credit [0.5, nan] is not a list of finite numbers"),
+        (GOOD | {"tokens": "ab"}, "tokens 'ab' is not a list of strings"),
+        (GOOD | {"prompt": 3}, "prompt 3 is not a string"),
+        (GOOD | {"reward": math.inf}, "reward inf is not a finite number"),
+        (GOOD | {"reward": True}, "reward True is not a finite number"),
     ],
 )
-def test_bad_line_is_named_with_its_file_and_number(tmp_path, line, message):
+def test_a_bad_line_is_named_with_its_file_and_number(tmp_path, fields, message):
     path = tmp_path / "bad.jsonl"
-    path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
-    with pytest.raises(UserError, match=rf"bad\.jsonl:2: .*{re.escape(message)}") as error:
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps(fields) + "\n")
+    with pytest.raises(UserError) as error:
         read_samples(path)
-    assert "\n" not in str(error.value)
+    assert str(error.value) == f"{path}:2: {message}; write the file again with abc-rlhf evaluate"
 
 
-def test_missing_empty_and_binary_samples_files_are_refused(tmp_path):
+def test_a_file_without_samples_is_refused(tmp_path):
     (tmp_path / "empty").write_text("\n")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    for name, message in (("absent", "cannot read"), ("empty", "is empty"), ("binary", "UTF-8")):
-        with pytest.raises(UserError, match=message):
-            read_samples(tmp_path / name)
+    with pytest.raises(UserError, match="empty is empty"):
+        read_samples(tmp_path / "empty")
 
 
 def test_pairs_match_the_kth_sample_of_a_prompt_with_its_kth():
@@ -114,26 +117,17 @@ def test_intensity_by_hand():
 
 
 @given(st.lists(st.floats(-0.5, 1.0).map(lambda x: round(x, 3)), min_size=1, max_size=40))
-def test_colour_is_monotone_in_credit(credit):
+def test_colour_is_monotone_in_credit_and_does_not_saturate(credit):
     drawn = colours(completion(sample(tokens=["x"] * len(credit), credit=credit)))
-    assert len(drawn) == len(credit)
     ordered = [colour for _, colour in sorted(zip(credit, drawn, strict=True))]
     assert ordered == sorted(ordered)
-    # distinct weights keep distinct colours: the scale does not saturate
-    assert len(set(drawn)) == len(set(credit))
+    assert len(drawn) == len(credit) and len(set(drawn)) == len(set(credit))
 
 
-def test_hover_says_token_share_and_reward():
+def test_pointing_at_a_token_shows_its_numbers():
     html = completion(sample(tokens=["a", " b"], credit=[0.123, 0.877], reward=1.5))
     assert 'data-tip="“a” · credit 12.3 % (0.2 × uniform) · reward 1.50"' in html
     assert "credit 87.7 % (1.8 × uniform)" in html
-
-
-def test_markup_in_a_token_is_text():
-    html = completion(sample(tokens=["<script>alert(1)</script>", '"><img src=x>'], credit=[0.5, 0.5]))
-    assert "<script" not in html and "<img" not in html
-    assert html.count("&lt;script&gt;") == 2  # once on the page, once in the hover text
-    assert '"&gt;' not in html and "&quot;&gt;&lt;img" in html
 
 
 @pytest.mark.parametrize(
@@ -171,32 +165,27 @@ def test_legend_shows_negative_credit_only_where_there_is_some():
 # page
 
 
-def test_page_is_whole_safe_and_asks_for_nothing():
-    evil = "<script>x</script>\"'&"
-    samples = [sample(evil, tokens=[evil, "b"])]
-    run = Run(evil, {REWARD: from_one([1.0])})
-    html = page_of(samples, samples, {evil: evil, "n": 1.23456789, "list": [evil]}, run, [run, run], evil)
+def test_the_page_is_whole_safe_and_asks_for_nothing():
+    samples, run = [sample(EVIL, tokens=[EVIL, "b"])], run_of(1.0, label=EVIL)
+    record = record_of(recorded(tokens=[EVIL, "b"], prompt=EVIL, method=EVIL))
+    html = page_of(samples, samples, {EVIL: EVIL, "n": 1.23456789, "list": [EVIL]}, run, [run, run], EVIL, [record])
     parsed = outline(html)
-    assert "script" not in parsed.tags and "://" not in html
-    assert len(parsed.requests) == 4 and all(url.startswith("data:image/png;base64,") for url in parsed.requests)
-    assert "1.23457" in html
-    assert f"Made by <code>{page.escape(evil)}</code>" in html
+    assert "script" not in parsed.tags and "://" not in html and "1.23457" in html
+    assert len(set(parsed.requests)) == 4  # pictures for narrow and wide, light and dark
+    assert all(url.startswith("data:image/png;base64,") for url in parsed.requests)
+    assert base64.b64decode(parsed.requests[-1].split(",")[1]) == draw([run, run])
 
 
-def test_embedded_pictures_are_the_curves():
-    run = Run("r", {REWARD: from_one([1.0, 2.0])})
-    urls = outline(page_of(run=run)).requests
-    assert base64.b64decode(urls[-1].split(",")[1]) == draw([run])
-    assert len(set(urls)) == 4  # narrow and wide, light and dark
-
-
-def test_headline_by_hand():
-    before = [sample("a", reward=0.0), sample("b", reward=2.0)]  # mean 1, error sqrt(2 / 2) = 1
-    after = [sample("b", reward=3.0), sample("a", reward=4.0)]  # mean 3.5, error sqrt(0.5 / 2) = 0.5
-    html = page_of(before, after)
-    assert "<h1>Mean reward on 2 held-out prompts: 1.00 ± 1.00 before, 3.50 ± 0.50 after.</h1>" in html
-    # pairs: +4 and +1, mean 2.5, error sqrt(4.5 / 2) = 1.5
-    assert "Change on the same prompts: +2.50 ± 1.50 (2 pairs)" in html
+def test_what_the_page_says():
+    """Before: mean 1, error sqrt(2 / 2); after: 3.5, sqrt(0.5 / 2); pairs +4 and +1: 2.5, sqrt(4.5 / 2)."""
+    before = [sample("a", reward=0.0), sample("b", reward=2.0)]
+    after = [sample("b", reward=3.0), sample("a", reward=4.0, credit=(-0.25, 0.75))]
+    main = run_of(*range(1, 21), label="abc", **{"train/timing/generation": [3.0] * 20})
+    records = [record_of(recorded(step)) for step in (1, 2)]
+    html = page_of(
+        before, after, {"method": "abc", "steps": 20}, main, [main, run_of(1.0, label="none")], "c", records
+    )
+    assert_snapshot(words(html), "report.txt")
 
 
 @pytest.mark.parametrize(
@@ -208,7 +197,7 @@ def test_headline_by_hand():
         ("ab", "a", "Mean reward: 1.00 ± 0.00 before (n = 2), 1.00 after (n = 1)."),
     ],
 )
-def test_headline_says_what_it_counts(before, after, sentence):
+def test_the_headline_says_what_it_counts(before, after, sentence):
     assert f"<h1>{sentence}</h1>" in page_of(*([sample(p, reward=1.0) for p in ps] for ps in (before, after)))
 
 
@@ -219,60 +208,68 @@ def test_completions_stand_side_by_side_from_the_largest_gain_on():
     # ranks 1, 3, 5, ... 21 and 24 of gains 23, 22, ... 0; i * 23 // 11 for i = 0 ... 11 is 0, 2, 4, ... 20, 23
     expected = [23 - i * 23 // 11 for i in range(12)]
     assert re.findall(r">(?:old|new)(\d\d)<", html) == [f"{i:02}" for i in expected for _ in "ab"]
-    assert "12 of 24 pairs" in html and "none picked by hand" in html
     assert "Rank 1 of 24, change +23.00" in html and "Rank 24 of 24, change +0.00" in html
 
 
-def test_first_and_last_steps_by_hand():
-    run = Run("r", {REWARD: from_one(range(1, 21)), "train/timing/generation": from_one([3.0] * 20)})
-    html = page_of(run=run)
-    cells = re.findall(r"<td[^>]*>([^<]*)</td>", html)
-    assert cells[:4] == ["Reward of the rollouts", "reward model&#x27;s units", "5.5", "15.5"]
-    assert cells[4:8] == ["Time to generate", "s per step", "3", "3"]
+def test_charts_by_hand():
+    drawn = chart([1.0, -1.0, None, 3.0], "value")
+    assert drawn["words"] == "value, per token in order: -1.00 to +3.00"
+    # 60 units for a range of 4: zero at 45, one unit is 15; a token is 150 wide
+    bars = [("pos", 0, 30, 127.5, 15), ("neg", 150, 45, 127.5, 15), ("pos", 450, 0, 127.5, 45)]
+    assert (drawn["bars"], drawn["zero"]) == (bars, 45)
+
+
+def test_of_a_long_run_evenly_spaced_steps_are_on_the_page():
+    tokens = ["x"] * 1000
+    records = [record_of(recorded(step, tokens=tokens, credit=[0.001] * 1000)) for step in range(10, 1010, 10)]
+    html = section(records, [])
+    steps = [int(step) for step in re.findall(r"<summary>Step (\d+)", html)]
+    assert len(steps) == 20 and steps[0] == 10 and steps[-1] == 1000 and len(html) < 10_000_000
+    assert "20 evenly spaced ones of 100" in html and html.count("<details open") == 1
 
 
 # command
 
 
-def test_report_writes_both_files_and_prints_one_line(tmp_path, capsys):
-    run = make_run(tmp_path / "run")
-    (tmp_path / "run" / "summary.json").write_text('{"method": "abc", "steps": 3}')
-    before = write_samples(tmp_path / "b.jsonl", [sample("a", reward=0.0), sample("b", reward=2.0)])
-    after = write_samples(tmp_path / "a.jsonl", [sample("a", reward=3.0), sample("b", reward=4.0)])
-    assert cli.main(["report", run, "--before", before, "--after", after]) == 0
-    html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert pixels((tmp_path / "run" / "curves.png").read_bytes()).width > 1000
+def test_files_of_an_earlier_version_are_reported(tmp_path, capsys):
+    samples = ["--before", str(WRITTEN / "before.jsonl"), "--after", str(WRITTEN / "after.jsonl")]
+    assert cli.main(["report", str(WRITTEN), *samples, "--out", str(tmp_path / "new" / "out")]) == 0
     [line] = capsys.readouterr().out.splitlines()
-    assert line == (
-        "Mean reward on 2 held-out prompts: 1.00 ± 1.00 before, 3.50 ± 0.50 after. "
-        f"{tmp_path}/run/report.html {tmp_path}/run/curves.png"
-    )
-    assert "<td>method</td><td>abc</td>" in html
-    assert f"Made by <code>abc-rlhf report {run} --before {before} --after {after}</code>" in html
+    assert line.endswith(f"{tmp_path}/new/out/report.html {tmp_path}/new/out/curves.png")
+    html = (tmp_path / "new" / "out" / "report.html").read_text(encoding="utf-8")
+    assert pixels((tmp_path / "new" / "out" / "curves.png").read_bytes()).width > 1000
+    assert f"Made by <code>abc-rlhf report {WRITTEN} --before" in html
+    assert_snapshot(words(html).split("Made by")[0], "written.txt")
 
 
 def test_compare_prints_and_embeds_the_table(tmp_path, capsys):
-    runs = {
-        label: make_run(tmp_path / label.replace("#", ""), [float(i)] * 6)
-        for i, label in enumerate(("none#1", "none#2", "abc"))
-    }
-    out = tmp_path / "new" / "out"
-    words = [f"{label}={directory}" for label, directory in runs.items()]
-    assert cli.main(["report", runs["none#1"], "--out", str(out), "--compare", *words]) == 0
-    printed, html = capsys.readouterr().out, (out / "report.html").read_text(encoding="utf-8")
-    for text in (printed, html):
-        assert "0.500 ± 0.707" in re.sub(r"\s+", " ", text)
+    """none ends at 0.5, which abc (2.0) reaches with its first full window and none#1 (0.0) never does."""
+    labels = ("none#1", "none#2", "abc")
+    runs = {label: make_run(tmp_path / label, [float(i)] * 6) for i, label in enumerate(labels)}
+    compared = [f"{label}={directory}" for label, directory in runs.items()]
+    assert cli.main(["report", runs["none#1"], "--out", str(tmp_path / "out"), "--compare", *compared]) == 0
+    printed = re.sub(r"\s+", " ", capsys.readouterr().out)
+    html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert re.findall(r"<td>(\w+)</td><td class=\"number\">(\d)</td>", html) == [("none", "2"), ("abc", "1")]
-    assert not (tmp_path / "none1" / "report.html").exists()
-    # none ends at 0.5, which abc (2.0) reaches with its first full window and none#1 (0.0) never does
+    assert "0.500 ± 0.707" in printed and "0.500 ± 0.707" in html
     assert ">5</td>" in html and "not reached (1 of 2)" in html
+    assert not (tmp_path / "none#1" / "report.html").exists()
 
 
-def test_run_not_among_the_compared_comes_first_under_its_name(tmp_path):
+def test_a_run_not_among_the_compared_comes_first_under_its_name(tmp_path):
     mine, other = make_run(tmp_path / "mine"), make_run(tmp_path / "x")
     assert cli.main(["report", mine, "--compare", f"other={other}"]) == 0
     html = (tmp_path / "mine" / "report.html").read_text(encoding="utf-8")
     assert re.findall(r"<td>(\w+)</td><td class=\"number\">1</td>", html) == ["mine", "other"]
+
+
+def test_recorded_completions_are_reported_with_what_was_skipped(tmp_path):
+    run = make_run(tmp_path / "run")
+    path = write_records(tmp_path / "run", recorded(1), recorded(2, credit=(-0.25, 0.75)))
+    path.write_text(path.read_text() + '{"run')
+    assert cli.main(["report", run]) == 0
+    html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Step 1: 1 completion with scores 1.50" in html and "completions.jsonl:3 is cut short" in html
 
 
 def test_bad_input_is_one_line_and_exit_2(tmp_path, capsys):
@@ -282,7 +279,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, capsys):
     broken = make_run(tmp_path / "broken")
     (tmp_path / "broken" / "summary.json").write_text("[1]")
     one, two = (write_samples(tmp_path / f"{name}.jsonl", [sample(name)]) for name in ("one", "two"))
-    for words, message in (
+    for arguments, message in (
         ([str(tmp_path / "absent")], "absent does not exist"),
         ([str(empty)], "no TensorBoard scalars"),
         ([str(tmp_path / "odd")], "is it a PPO run"),
@@ -295,13 +292,13 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, capsys):
         ([run, "--compare", "gone=nowhere"], "nowhere does not exist"),
         ([run, "--out", one], "choose another --out"),
     ):
-        assert cli.main(["report", *words]) == 2
+        assert cli.main(["report", *arguments]) == 2
         captured = capsys.readouterr()
         assert captured.out == "" and message in captured.err and captured.err.count("\n") == 1
     assert not (tmp_path / "run" / "report.html").exists()
 
 
-def test_missing_argument_is_exit_2():
+def test_a_missing_argument_is_exit_2():
     with pytest.raises(SystemExit) as stop:
         cli.main(["report"])
     assert stop.value.code == 2

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from abc_plugin.errors import UserError
-from abc_plugin.report.scalars import KL, REWARD, SECONDS, read_run
+from abc_plugin.report.runs import KL, REWARD, SECONDS, read_run
 from abc_plugin.tools.study.plan import Plan, Words, read_plan
 from abc_plugin.tools.study.settings import Run, column, columns, text
 
@@ -115,11 +115,11 @@ class Study:
             logged = read_run(folder, run.name)
         except UserError as error:
             return str(error)
-        curves = {name: dict(logged.curve(tags)) for name, tags in TAGS.items()}
+        curves = {name: logged.curve(tags).to_dict() for name, tags in TAGS.items()}
         if wrong := _fault(curves["reward"], run.steps):
             return wrong
         steps = sorted(curves["reward"])
-        times = [value for _, value in logged.curve(SECONDS)]
+        times = logged.curve(SECONDS).tolist()
         per_step = sum(times) / len(times) if times else seconds / len(steps)
         write_whole(folder / TIMES, _json({"seconds": round(seconds, 1), "seconds_per_step": round(per_step, 3)}))
         rows = [[step, *(curve.get(step, "") for curve in curves.values())] for step in steps]

@@ -1,1 +1,8 @@
-"""Curves and a page from a run's TensorBoard events and its samples files; imports neither torch nor OpenRLHF."""
+"""Runs and completions to look at; imports neither torch nor OpenRLHF.
+
+samples, records, runs      what evaluate, a training run and TensorBoard wrote
+jsonl, statistics           reading JSON lines; a mean with its error
+tokens, html, plots         the one style of tokens, pages and figures; templates/ has the pages
+heatmap, page, training     what is drawn and shown
+command, show               ``abc-rlhf report`` and ``abc-rlhf show``
+"""

@@ -14,8 +14,7 @@ from rich.table import Table
 from abc_plugin.errors import UserError
 
 try:
-    from abc_plugin.report.curves import draw
-    from abc_plugin.report.page import Content, headline, render
+    from abc_plugin.report.page import Content, draw_curves, headline, render
     from abc_plugin.report.records import FILE, read_records
     from abc_plugin.report.runs import FOOTNOTE, Run, comparison, read_run
     from abc_plugin.report.samples import read_samples
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         records=records,
         notes=notes,
     )
-    html, png = render(content), draw(runs)
+    html, png = render(content), draw_curves(runs)
     page, curves = _write(Path(args.out or args.run_dir), html, png)
     if args.compare:
         _print_comparison(runs)

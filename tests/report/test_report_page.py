@@ -27,9 +27,8 @@ from snapshots import assert_snapshot
 
 from abc_plugin import cli
 from abc_plugin.errors import UserError
-from abc_plugin.report.curves import draw
 from abc_plugin.report.html import completion, legend
-from abc_plugin.report.page import Content, render
+from abc_plugin.report.page import Content, draw_curves, render
 from abc_plugin.report.records import record_of
 from abc_plugin.report.samples import pair_up, read_samples, spread_over_ranks
 from abc_plugin.report.tokens import SWATCHES, intensity, token_text, visible
@@ -173,7 +172,7 @@ def test_the_page_is_whole_safe_and_asks_for_nothing():
     assert "script" not in parsed.tags and "://" not in html and "1.23457" in html
     assert len(set(parsed.requests)) == 4  # pictures for narrow and wide, light and dark
     assert all(url.startswith("data:image/png;base64,") for url in parsed.requests)
-    assert base64.b64decode(parsed.requests[-1].split(",")[1]) == draw([run, run])
+    assert base64.b64decode(parsed.requests[-1].split(",")[1]) == draw_curves([run, run])
 
 
 def test_what_the_page_says():
@@ -296,9 +295,3 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, capsys):
         captured = capsys.readouterr()
         assert captured.out == "" and message in captured.err and captured.err.count("\n") == 1
     assert not (tmp_path / "run" / "report.html").exists()
-
-
-def test_a_missing_argument_is_exit_2():
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["report"])
-    assert stop.value.code == 2

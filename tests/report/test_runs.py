@@ -7,7 +7,7 @@ from report_support import KL, REWARD, curve, pixels, ramp, run_of, write_events
 
 from abc_plugin.errors import UserError
 from abc_plugin.report import runs
-from abc_plugin.report.curves import draw, over_seeds
+from abc_plugin.report.page import draw_curves, over_seeds
 
 
 def scalars(directory):
@@ -120,23 +120,23 @@ def has_colour(image, hex_colour):
 
 
 def test_the_picture_is_the_same_for_the_same_data_only():
-    first, second = draw([run_of(0.0, 1.0, 0.0)]), draw([run_of(1.0, 0.0, 1.0)])
-    assert first == draw([run_of(0.0, 1.0, 0.0)]) != second
+    first, second = draw_curves([run_of(0.0, 1.0, 0.0)]), draw_curves([run_of(1.0, 0.0, 1.0)])
+    assert first == draw_curves([run_of(0.0, 1.0, 0.0)]) != second
     assert pixels(first).width > 1000
 
 
 def test_credit_adds_a_row_and_narrow_screens_get_one_column():
     plain = run_of(1.0, **{KL: [1.0]})
     credit = run_of(1.0, **{KL: [1.0], "train/credit_entropy": [2.0]})
-    assert pixels(draw([credit])).height > 1.5 * pixels(draw([plain])).height
-    narrow = pixels(draw([credit], columns=1))
+    assert pixels(draw_curves([credit])).height > 1.5 * pixels(draw_curves([plain])).height
+    narrow = pixels(draw_curves([credit], columns=1))
     assert narrow.height > 1.6 * narrow.width
-    assert pixels(draw([plain], dark=True)).getpixel((1, 1)) < (40, 40, 40)
+    assert pixels(draw_curves([plain], dark=True)).getpixel((1, 1)) < (40, 40, 40)
 
 
 def test_seeds_of_one_label_share_a_colour():
     image = pixels(
-        draw([runs.Run(label, run_of(i, i + 1.0).scalars) for i, label in enumerate(("a#1", "a#2", "none"))])
+        draw_curves([runs.Run(label, run_of(i, i + 1.0).scalars) for i, label in enumerate(("a#1", "a#2", "none"))])
     )
     assert has_colour(image, "#0072B2") and has_colour(image, "#D55E00")  # a, none
     assert not has_colour(image, "#009E73")  # a third colour would be a second seed drawn as a group of its own
@@ -144,4 +144,4 @@ def test_seeds_of_one_label_share_a_colour():
 
 def test_curves_that_went_wrong_and_labels_like_formulas_are_drawn():
     nan = run_of(1.0, math.nan, 2.0, label="$\\frac$", **{KL: [math.inf, 1.0, -math.inf]})
-    assert pixels(draw([nan, ramp("none#1", 3), ramp("none#2", 4)])).width > 1000
+    assert pixels(draw_curves([nan, ramp("none#1", 3), ramp("none#2", 4)])).width > 1000

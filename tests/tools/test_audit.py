@@ -55,13 +55,13 @@ def test_scores_effects_and_gradients_are_exact(made):
     """Even attention: the score is 4 · mean value, so all is worked by hand."""
     model = RewardModel(str(made / "even"), needs=frozenset({"attention", "gradient", "prefix"}))
     ids = audit_models.make_tokenizer()("w1 w2 good w3 bad w4 fine .").input_ids
-    look = model.look(ids)
-    assert look.score == pytest.approx(4 * 0.6 / 8, abs=1e-6)
-    assert look.rows_LHS == pytest.approx(torch.full((1, 1, 8), 1 / 8), abs=1e-6)
+    explained = model.explain(ids)
+    assert explained.score == pytest.approx(4 * 0.6 / 8, abs=1e-6)
+    assert explained.rows_LHS == pytest.approx(torch.full((1, 1, 8), 1 / 8), abs=1e-6)
     values = [0, 0, 1, 0, -1, 0, 0.6, 0]
-    assert look.gradient_S.tolist() == pytest.approx([4 * value / 8 for value in values], abs=1e-5)
-    assert look.evidence["gradient"].tolist() == pytest.approx(look.gradient_S.tolist(), abs=1e-6)
-    assert look.evidence["prefix"][:4].tolist() == pytest.approx([0, 0, 4 / 3, 1], abs=1e-5)
+    assert explained.gradient_S.tolist() == pytest.approx([4 * value / 8 for value in values], abs=1e-5)
+    assert explained.evidence["gradient"].tolist() == pytest.approx(explained.gradient_S.tolist(), abs=1e-6)
+    assert explained.evidence["prefix"][:4].tolist() == pytest.approx([0, 0, 4 / 3, 1], abs=1e-5)
     without = model.scores([ids[:t] + ids[t + 1 :] for t in range(8)])
     assert without == pytest.approx([4 * (0.6 - value) / 7 for value in values], abs=1e-5)
 
@@ -194,7 +194,7 @@ def test_prefix_credit_leaves_the_prompts_own_score_out(made):
             prompt_ids=ids[:length], ids=ids[length:], special=[False] * (len(ids) - length), row=1
         )
         [empty] = model.scores([completion.prompt_ids])
-        credit_T = credit_of(registry.load("prefix"), completion, model.look(ids), empty, ShapingConfig())
+        credit_T = credit_of(registry.load("prefix"), completion, model.explain(ids), empty, ShapingConfig())
         steps = [after - before for before, after in zip(scores, scores[1:], strict=False)]
         assert credit_T.tolist() == pytest.approx(steps, abs=1e-5)
 

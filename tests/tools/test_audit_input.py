@@ -161,11 +161,11 @@ def test_rows_of_every_layer_and_head_of_other_families(family, tmp_path):
     stock = AutoModelForSequenceClassification.from_config(config).eval()
     stock.save_pretrained(tmp_path)
     model = RewardModel(str(tmp_path), needs=frozenset({"attention", "prefix", "gradient"}))
-    look = model.look(list(range(5, 16)))
-    assert look.score == pytest.approx(stock(torch.tensor([list(range(5, 16))])).logits.item(), abs=1e-5)
-    assert look.rows_LHS.shape == (2, 4, 11)
-    assert look.rows_LHS.sum(-1) == pytest.approx(torch.ones(2, 4), abs=1e-5)
-    assert look.gradient_S == pytest.approx(look.evidence["gradient"], abs=1e-5)
+    explained = model.explain(list(range(5, 16)))
+    assert explained.score == pytest.approx(stock(torch.tensor([list(range(5, 16))])).logits.item(), abs=1e-5)
+    assert explained.rows_LHS.shape == (2, 4, 11)
+    assert explained.rows_LHS.sum(-1) == pytest.approx(torch.ones(2, 4), abs=1e-5)
+    assert explained.gradient_S == pytest.approx(explained.evidence["gradient"], abs=1e-5)
 
 
 def test_scores_that_are_not_numbers_end_it_by_row(tmp_path, capsys):

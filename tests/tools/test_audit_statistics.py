@@ -19,6 +19,7 @@ from abc_plugin.tools.audit.estimates import (
     Interval,
     concentration,
     interval,
+    intervals,
     needed,
     pearson,
     shares,
@@ -83,11 +84,12 @@ def test_differences_are_paired():
     assert (estimate.mean, estimate.n) == ((0.5 + 2) / 2, 2)
 
 
-def record(number, effect, credit, heads=None):
+def record(number, effect, credit, heads=None, baselines=True):
     """A completion whose score is 1 plus the effects of its tokens, which are removed without side effects."""
     effect, tokens = np.asarray(effect, dtype=float), len(effect)
     credit = {name: torch.as_tensor(values, dtype=torch.float64) for name, values in credit.items()}
-    credit[RECENCY], credit[LEAVE_ONE_OUT] = recency_credit(tokens, 1.0), torch.as_tensor(effect)
+    if baselines:
+        credit |= {RECENCY: recency_credit(tokens, 1.0), LEAVE_ONE_OUT: torch.as_tensor(effect)}
     # Ids are positions, so that the score is a function of what is left.
     model = SimpleNamespace(scores=lambda many: [1.0 + sum(effect[i] for i in ids if i >= 0) for ids in many])
     completion = SimpleNamespace(prompt_ids=[-1], ids=list(range(tokens)), row=number)
@@ -172,8 +174,11 @@ def test_concentration_is_a_mean_over_prompts():
 
 def test_noise_is_seldom_called_better():
     """Both intervals lie above 0 in at most 2.5 % of audits: at most 2 of these 80 expected."""
-    rng = np.random.default_rng(0)
-    verdicts = [verdict(summarise(tabulate(noise(rng)))["abc"]) for _ in range(80)]
+    rng, verdicts = np.random.default_rng(0), []
+    for _ in range(80):
+        draws = zip(rng.normal(size=(16, 12)), rng.exponential(size=(16, 12)), strict=True)
+        records = [record(i, effect, {"abc": credit}, baselines=False) for i, (effect, credit) in enumerate(draws)]
+        verdicts.append(verdict(intervals(tabulate(records)["abc"])))
     assert verdicts.count("better") <= 5 and verdicts.count("worse") <= 5
     assert verdicts.count("no better") >= 60
 

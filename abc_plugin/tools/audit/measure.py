@@ -18,7 +18,7 @@ from abc_plugin.credit.shaping import dropped, shape
 from abc_plugin.errors import UserError
 from abc_plugin.tools.audit.completions import Completion
 from abc_plugin.tools.audit.estimates import concentration, shares, spearman
-from abc_plugin.tools.audit.reward_model import FLAG, Look, RewardModel
+from abc_plugin.tools.audit.reward_model import FLAG, Explanation, RewardModel
 from abc_plugin.tools.audit.summary import LEAVE_ONE_OUT, RANDOM, RECENCY
 
 POINTS = 10  # a curve's steps: tokens are removed by tenths of the completion
@@ -39,14 +39,14 @@ def measure(
     prompt, ids = completion.prompt_ids, completion.ids
     left = [prompt + ids, prompt, *(prompt + ids[:t] + ids[t + 1 :] for t in range(len(ids)))]
     [_, empty, *without] = _finite(model, left, completion)
-    look = model.look(prompt + ids)
-    effect_T = torch.tensor([look.score - score for score in without], dtype=torch.float64)
-    credit = {name: credit_of(method, completion, look, empty, shaping) for name, method in methods.items()}
-    credit[RANDOM] = random_credit(len(ids), look.score, seed=completion.row)
-    credit[RECENCY] = recency_credit(len(ids), look.score)
+    explained = model.explain(prompt + ids)
+    effect_T = torch.tensor([explained.score - score for score in without], dtype=torch.float64)
+    credit = {name: credit_of(method, completion, explained, empty, shaping) for name, method in methods.items()}
+    credit[RANDOM] = random_credit(len(ids), explained.score, seed=completion.row)
+    credit[RECENCY] = recency_credit(len(ids), explained.score)
     credit[LEAVE_ONE_OUT] = effect_T
-    rows_LHT = look.rows_LHS[:, :, len(prompt) :]
-    attention_S = look.evidence["attention"]
+    rows_LHT = explained.rows_LHS[:, :, len(prompt) :]
+    attention_S = explained.evidence["attention"]
     share_LXT = shares(torch.cat([rows_LHT.mean(1, keepdim=True), rows_LHT], 1).double().numpy())
     marks = {"punctuation": completion.punctuation, "special": completion.special}
     return {
@@ -54,23 +54,25 @@ def measure(
         "prompt": completion.prompt,
         "tokens": completion.tokens,
         **marks,
-        "reward": look.score,
+        "reward": explained.score,
         "empty": empty,
         "effect": _plain(effect_T),
-        "gradient": None if look.gradient_S is None else _plain(look.gradient_S[len(prompt) :]),
+        "gradient": None if explained.gradient_S is None else _plain(explained.gradient_S[len(prompt) :]),
         "credit": {name: _plain(credit_T) for name, credit_T in credit.items()},
-        "curves": curves(model, completion, credit, look.score, empty),
-        "layers": [_agreement(row_T, effect_T, look.score) for row_T in rows_LHT.mean(1)],
-        "heads": [[_agreement(row_T, effect_T, look.score) for row_T in rows_HT] for rows_HT in rows_LHT],
+        "curves": curves(model, completion, credit, explained.score, empty),
+        "layers": [_agreement(row_T, effect_T, explained.score) for row_T in rows_LHT.mean(1)],
+        "heads": [[_agreement(row_T, effect_T, explained.score) for row_T in rows_HT] for rows_HT in rows_LHT],
         "attention": {name: _plain(value_LX) for name, value_LX in concentration(share_LXT, marks).items()},
-        "configured": _agreement(attention_S[len(prompt) :], effect_T, look.score),
+        "configured": _agreement(attention_S[len(prompt) :], effect_T, explained.score),
         "configured_heads": _plain(rows_LHT[model.configured]),
         "on_prompt": _plain(attention_S[: len(prompt)].sum()),
         "on_first": _plain(attention_S[0]),
     }
 
 
-def credit_of(method: Method, completion: Completion, look: Look, empty: float, shaping: ShapingConfig) -> Tensor:
+def credit_of(
+    method: Method, completion: Completion, explained: Explanation, empty: float, shaping: ShapingConfig
+) -> Tensor:
     """The method's credit of the score for each token of the completion, before beta, (T,), score units.
 
     ``prefix`` pays the prompt's own score, ``empty``, with the last token. No token earned it, so here its scores are
@@ -78,7 +80,7 @@ def credit_of(method: Method, completion: Completion, look: Look, empty: float, 
     """
     first, ids = len(completion.prompt_ids), torch.tensor([completion.prompt_ids + completion.ids])
     action_mask_BA = torch.arange(1, ids.shape[1])[None] >= first
-    evidence = {f"{name}_BA": look.evidence[name][None, 1:] for name in method.needs}
+    evidence = {f"{name}_BA": explained.evidence[name][None, 1:] for name in method.needs}
     start = empty if method.credit is PREFIX.credit else 0.0
     if start:
         evidence["prefix_BA"] = evidence["prefix_BA"] - start
@@ -86,7 +88,7 @@ def credit_of(method: Method, completion: Completion, look: Look, empty: float, 
     shaped = shape(
         method,
         [Evidence(ids, action_mask_BA, **evidence)],
-        torch.tensor([look.score - start]),
+        torch.tensor([explained.score - start]),
         beta=1.0,
         dropped_BA=dropped(shaping.dropped, action_mask_BA, special_BA),
         entropy_floor=shaping.entropy_floor,

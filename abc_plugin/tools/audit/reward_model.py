@@ -22,7 +22,7 @@ TOKENS = {"cpu": 4096, "cuda": 2**18}  # padded tokens of a forward to begin wit
 
 
 @dataclass(frozen=True)
-class Look:
+class Explanation:
     """What a sequence of S tokens shows of the model."""
 
     score: float
@@ -37,7 +37,7 @@ class RewardModel:
     path: a directory or hub name.  head: the scalar layer's name, where the config has no ``value_head_prefix``.
     normalise: subtract the config's mean and divide by its std, as ``--reward.normalize_enable`` does.
     layer, heads: whose row ABC reads (``layers.target_layer``; None: all heads).  needs: of the methods audited.
-    ``layers`` are the indices of the layers of ``Look.rows_LHS``, and ``configured`` is an index among them.
+    ``layers`` are the indices of the layers of ``Explanation.rows_LHS``, and ``configured`` is an index among them.
     Raises UserError on what is no reward model, on a model whose attention cannot be read, and on gradients of a
     quantised one.
     """
@@ -106,7 +106,7 @@ class RewardModel:
         ids_BS = pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True)
         return self.model(ids_BS.to(self.device), mask_BS.to(self.device)).float().tolist()
 
-    def look(self, ids: list[int]) -> Look:
+    def explain(self, ids: list[int]) -> Explanation:
         """Score, evidence, and every layer's and head's row of one sequence."""
         ids_BS = torch.tensor([ids], device=self.device)
         mask_BS = torch.ones_like(ids_BS)
@@ -116,7 +116,7 @@ class RewardModel:
             score = self.model(ids_BS, mask_BS).item()
             rows_LHS = torch.stack([recording.row_BHS[0] for recording in recordings]).float().cpu()
         evidence = {name: row_BS[0] for name, row_BS in rows(read).items()}
-        return Look(score, evidence, rows_LHS, self._gradient(ids_BS) if self.gradient else None)
+        return Explanation(score, evidence, rows_LHS, self._gradient(ids_BS) if self.gradient else None)
 
     def _gradient(self, ids_BS: Tensor) -> Tensor:
         """gradient[s] = sum_d embedding[s,d] · d score / d embedding[s,d], by captum, (S,)."""

@@ -34,7 +34,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class HeadMap:
-    """Mean rank correlations of rows with leave-one-out, NaN where undefined, and what follows from them."""
+    """Rank correlations of rows with leave-one-out, means over completions, NaN where undefined; what follows."""
 
     layers: list[int]
     configured: int  # index among ``layers``
@@ -78,16 +78,16 @@ def map_heads(records: list[Record], layers: list[int], configured: int, read: l
     own = head_rows[layers[configured]][choosing].mean()
     good = own.index[own > 0].tolist()
     shares_LX = {
-        name: _over_prompts(np.array([record["attention"][name] for record in records], float), index)
+        name: _mean(np.array([record["attention"][name] for record in records], float), index)
         for name in CONCENTRATION
     }
     return HeadMap(
         layers=layers,
         configured=configured,
         read=read,
-        signed_LH=head_rows.mean().to_numpy().reshape(-1, number),
+        signed_LH=_mean(heads_NLH2[..., SIGNED]),
         size_LH=_mean(heads_NLH2[..., SIZE]),
-        signed_L=layer_rows.mean().to_numpy(),
+        signed_L=_mean(rows_NL2[..., SIGNED]),
         size_L=_mean(rows_NL2[..., SIZE]),
         shares_LH={name: values_LX[:, 1:] for name, values_LX in shares_LX.items()},
         shares_L={name: values_LX[:, 0] for name, values_LX in shares_LX.items()},
@@ -115,12 +115,8 @@ def _subset(records: list[Record], heads: list[int]) -> pd.Series:
     return pd.Series(columns, prompts(records))
 
 
-def _over_prompts(values_NLX: np.ndarray, index: pd.Index) -> np.ndarray:
-    """Mean over prompts of each prompt's mean, NaN left out, (L, X)."""
-    flat = pd.DataFrame(values_NLX.reshape(len(index), -1), index)
-    return flat.groupby(level=0).mean().mean().to_numpy().reshape(values_NLX.shape[1:])
-
-
-def _mean(values_NX: np.ndarray) -> np.ndarray:
-    """Mean over completions of what is not NaN."""
-    return pd.DataFrame(values_NX.reshape(len(values_NX), -1)).mean().to_numpy().reshape(values_NX.shape[1:])
+def _mean(values_NX: np.ndarray, index: pd.Index | None = None) -> np.ndarray:
+    """Mean over completions of what is not NaN, or over prompts (the index) of each prompt's mean; shape X."""
+    table = pd.DataFrame(values_NX.reshape(len(values_NX), -1), index)
+    means = table.mean() if index is None else table.groupby(level=0).mean().mean()
+    return means.to_numpy().reshape(values_NX.shape[1:])

@@ -42,7 +42,7 @@ COMPARED = ("spearman", "size", "separation")  # also as paired differences to t
 def statistics(record: Record, method: str) -> dict[str, float]:
     """STATISTICS of one completion's credit by ``method``; NaN where not defined."""
     credit, effect = np.array(record["credit"][method]), np.array(record["effect"])
-    gradient = np.full(len(effect), np.nan) if record["gradient"] is None else record["gradient"]
+    gradient = record["gradient"] or [0.0] * len(effect)  # not measured: undefined, as a constant is
     # Mean height of a curve over the share removed, by the trapezoidal rule.
     area = {way: float(np.trapezoid(curve)) / (len(curve) - 1) for way, curve in record["curves"][method].items()}
     return {

@@ -74,8 +74,8 @@ def write_completions(path: Path, count: int = 16, words: tuple[str, ...] = tupl
     rng, lines = random.Random(seed), []
     for i in range(count):
         completion = rng.choices(WORDS, k=8)
-        for place, word in zip(rng.sample(range(8), 2), rng.sample(words, 2), strict=True):
-            completion[place] = word
+        for position, word in zip(rng.sample(range(8), 2), rng.sample(words, 2), strict=True):
+            completion[position] = word
         prompt = f"{WORDS[i % 12]} {WORDS[i // 12]} w5"
         lines.append(json.dumps({"prompt": prompt, "completion": " ".join([*completion, "."])}) + "\n")
     path.write_text("".join(lines), encoding="utf-8")

@@ -221,7 +221,7 @@ def test_the_advice():
     close, torn = follows(rng, effects), follows(rng, extreme, swapped=True)
     late = np.arange(1, tokens + 1) * rng.uniform(0, 2, size=(count, tokens))
     other = rng.random((count, tokens))
-    about_credit = {
+    credit_cases = {
         "abc follows the effects": (effects, {"abc": close}),
         "abc runs against them": (effects, {"abc": -close}),
         "abc knows nothing, prefix does": (effects, {"abc": other, "prefix": close}),
@@ -237,7 +237,7 @@ def test_the_advice():
     }
     two = rng.normal([0.5, -0.5], 0.05, size=(count, 2))
     halved = [[NAN] if i % 2 else [0.1] for i in range(count)]  # defined where a head is chosen, not on the rest
-    about_heads = {
+    head_cases = {
         "one head of two is good, both are read": (two, None),
         "the good one is read": (two, [0]),
         "the bad one is read": (two, [1]),
@@ -247,13 +247,13 @@ def test_the_advice():
         "one of two is undefined": ([[0.1, NAN]] * count, None),
     }
     text = ""
-    for name, (sizes, credit) in about_credit.items():
+    for name, (sizes, credit) in credit_cases.items():
         credit = {**credit, RANDOM: credit.get(RANDOM, chance)}
         records = [record(i, sizes[i], {key: values[i] for key, values in credit.items()}) for i in range(count)]
         text += "\n".join(
             [f"# {name}", *(line for line in advice(records) if not line.startswith(("Layer", "Of"))), "", ""]
         )
-    for name, (heads, read) in about_heads.items():
+    for name, (heads, read) in head_cases.items():
         records = [record(i, effects[i], {"abc": close[i], RANDOM: chance[i]}, heads[i]) for i in range(count)]
         lines = [line for line in advice(records, read) if line.startswith(("Layer", "Of", "To", "All"))]
         text += "\n".join([f"# heads: {name}", *lines, "", ""])

@@ -9,7 +9,7 @@ A line holds, beside what a samples file holds (prompt, tokens, credit, reward):
     spread_reward  what was spread over the tokens: r_C after the host's baselines, length penalties and clipping
     truncated      whether generation ran into its limit
     special        positions of special tokens
-    ids            token ids, and per token, null for a token the policy did not choose:
+    ids            token ids, and per token, null for a token the policy did not generate:
     credit         share of the method's credit, before beta; sums to 1, or in absolute value where credit is signed
     shaped_reward  reward units, with beta and without the KL penalty; sums to spread_reward
     kl_penalty     reward units; what the host subtracts, so <= 0 where the policy left the reference

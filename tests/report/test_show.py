@@ -33,7 +33,7 @@ def printed(capsys, *arguments):
 def test_records_are_read_by_step_with_their_columns(tmp_path):
     path = write_records(tmp_path, recorded(1), recorded(10, value=None), recorded(10, sample=3))
     records, notes = read_records(path)
-    assert notes == [] and {step: len(found) for step, found in by_step(records).items()} == {1: 1, 10: 2}
+    assert notes == [] and {step: len(group) for step, group in by_step(records).items()} == {1: 1, 10: 2}
     assert records[0].columns["advantage"] == [-2.0, -2.0] and "value" not in records[1].columns
     numbers = {"id": "101", "shaped reward": "+0.500", "KL penalty": "-0.010", "value": "+1.000"}
     assert records[0].numbers(1) == numbers | {"advantage": "-2.00", "return": "+3.000"}

@@ -8,7 +8,7 @@ from recovery_models import tiny
 from transformers import AlbertConfig, AlbertModel
 
 from abc_plugin.attention.attach import RECOVERIES, attach
-from abc_plugin.attention.layers import attention_layers, is_full, target_layer
+from abc_plugin.attention.layers import attention_layers, is_flash, is_full, skeleton, target_layer
 from abc_plugin.attention.tap import AttentionTap
 from abc_plugin.errors import UserError
 
@@ -112,6 +112,22 @@ def test_a_second_attention_module_in_a_layer_is_refused():
     model.layers[1].crossattention = type(model.layers[1].self_attn)(model.config, 1)
     with pytest.raises(UserError, match="LlamaModel has two attention modules in layer 1; use a decoder-only"):
         target_layer(model, "last")
+
+
+def test_flash_attention_is_what_runs_whole_sequences():
+    """The row under flash attention is computed from its options; a paged cache has its keys elsewhere."""
+    assert all(map(is_flash, ("flash_attention_2", "flash_attention_3", "kernels-community/flash-attn")))
+    assert not any(map(is_flash, ("paged|flash_attention_2", "flex_attention", "sdpa", "eager", None)))
+
+
+def test_a_skeleton_has_layers_and_no_weights_or_says_what_does_not_run():
+    config = tiny("gemma3").config
+    model = skeleton(config, "flash_attention_2", runs_here=False)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert model.config._attn_implementation == "flash_attention_2"
+    assert target_layer(model, "last_full")[1:] == (1, 3)
+    with pytest.raises(UserError, match="^--model M does not run under --ds.attn_implementation magic: .*attn"):
+        skeleton(config, "magic", name="--model M")
 
 
 def test_softcap_is_refused_under_sdpa_which_drops_it():

@@ -153,7 +153,10 @@ def differences(signatures: dict[str, str | None]) -> list[str]:
 
 def parameters(symbol: str) -> str:
     """Names of its parameters, e.g. ``self, value, **kwargs``; of a class, of its constructor's."""
-    listed = inspect.signature(inspect.unwrap(_resolve(symbol))).parameters.values()
+    value = inspect.unwrap(_resolve(symbol))
+    listed = inspect.signature(
+        getattr(value, "__func__", value)
+    ).parameters.values()  # Ray's actor classes bind methods
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     # Ray adds a parameter of its own to the methods of its actors.
     return ", ".join(stars.get(one.kind, "") + one.name for one in listed if one.name != "_ray_trace_ctx")

@@ -36,7 +36,7 @@ for directory in sys.argv[1:]:
         assert openrlhf.__file__.startswith(directory), openrlhf.__file__
         sys.exit(0)
     failed += [directory] * (os.waitpid(child, 0)[1] != 0)
-sys.exit(" ".join(failed))
+sys.exit(" ".join(failed) or 0)
 """
 
 

@@ -154,11 +154,9 @@ def differences(signatures: dict[str, str | None]) -> list[str]:
 def parameters(symbol: str) -> str:
     """Names of its parameters, e.g. ``self, value, **kwargs``; of a class, of its constructor's."""
     value = inspect.unwrap(_resolve(symbol))
-    listed = inspect.signature(
-        getattr(value, "__func__", value)
-    ).parameters.values()  # Ray's actor classes bind methods
+    listed = inspect.signature(getattr(value, "__func__", value)).parameters.values()
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    # Ray adds a parameter of its own to the methods of its actors.
+    # Ray's actor classes bind their methods, and add a parameter of their own.
     return ", ".join(stars.get(one.kind, "") + one.name for one in listed if one.name != "_ray_trace_ctx")
 
 

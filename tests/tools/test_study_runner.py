@@ -344,10 +344,6 @@ def test_the_step_is_read_off_the_log(tmp_path, log, step):
     assert runner.steps_in(tmp_path / "none") == 0
 
 
-def test_durations_are_for_people():
-    assert [runner.duration(seconds) for seconds in (40, 700, 11100)] == ["40 s", "12 min", "3 h 05 min"]
-
-
 def test_steps_of_nobody_knows_how_many_have_no_gap():
     assert directory._fault({1: 0.5, 2: 0.25}, None) is None
     assert "the plan has all" in directory._fault({1: 0.5, 3: 0.25}, None)

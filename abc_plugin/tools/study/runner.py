@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
@@ -262,11 +263,8 @@ def _last_lines(log: Path, count: int = 3) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 3 h 05 min, 12 min or 40 s."""
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+    """``0:12:00``."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def _this_command() -> str:

@@ -16,8 +16,8 @@ from abc_plugin.errors import UserError
 from abc_plugin.report import html
 from abc_plugin.report.tokens import visible
 from abc_plugin.tools.study import figures, inference, learning_curves
-from abc_plugin.tools.study.comparisons import COMPARED, EQUAL_KL, WORDS, Analysis, Comparison
-from abc_plugin.tools.study.inference import NOTHING, number, p_text
+from abc_plugin.tools.study.comparisons import COMPARED, WORDS, Analysis, Comparison
+from abc_plugin.tools.study.inference import NOTHING, Estimate, number, p_text
 from abc_plugin.tools.study.learning_curves import Steps
 from abc_plugin.tools.study.table import BASELINE, shown
 from abc_plugin.tools.study.verdict import CLAIMS, claim_lines, claims, headline, sentences
@@ -65,8 +65,6 @@ def _content(analysis: Analysis, captions: dict[str, str], source: str) -> dict[
         "read": _read(analysis, source),
         "text_columns": _text_columns,
         "BASELINE": BASELINE,
-        "WORDS": WORDS,
-        "COMPARED": COMPARED,
         "constants": vars(inference) | vars(learning_curves),
     }
 
@@ -95,30 +93,22 @@ def means(analysis: Analysis) -> Frame:
 
 
 def tables(analysis: Analysis) -> dict[str, Frame]:
-    """All tables by name; those of paired differences have their measure's name."""
-    label, comparisons = analysis.table.label, analysis.comparisons
-    judged = claims(analysis).items()
+    """All tables by name."""
+    label, comparisons = analysis.table.label, [each for each in analysis.comparisons if each.seeds]
     return {
         "means": means(analysis),
         "claims": _frame(
             {"condition": who}
             | {claim: ": ".join(filter(None, each)) for claim, each in zip(CLAIMS, row, strict=True)}
-            for who, row in judged
+            for who, row in claims(analysis).items()
         ),
-        **{
-            name: _frame(
-                _pair(analysis, each) | _difference(each, name) for each in comparisons if name in each.paired
-            )
-            for name in COMPARED
-        },
+        "differences": _frame(_pair(analysis, each) | _differences(each) for each in comparisons),
         "steps": _frame(
-            {"condition": label(each.condition)} | _steps(each.steps)
-            for each in comparisons
-            if each.with_baseline and each.seeds
+            {"condition": label(each.condition)} | _steps(each.steps) for each in comparisons if each.with_baseline
         ),
         "spread": _frame(
             _pair(analysis, each)
-            | {WORDS[name]: f"{spread.ratio}, p {p_text(spread.p_holm)}" for name, spread in each.spread.items()}
+            | {WORDS[name]: _tested(spread.ratio, spread.p_holm) for name, spread in each.spread.items()}
             for each in comparisons
             if each.spread
         ),
@@ -134,15 +124,16 @@ def _pair(analysis: Analysis, comparison: Comparison) -> dict[str, Any]:
     return dict(zip(("condition", "against"), analysis.names(comparison), strict=True))
 
 
-def _difference(comparison: Comparison, measure: str) -> dict[str, Any]:
-    test = comparison.paired[measure]
-    return {
-        "pairs": test.n,
-        **({"at KL": " to ".join(map(number, comparison.equal_kl))} if measure == EQUAL_KL else {}),
-        "difference": test.difference,
-        "p": p_text(test.p_holm),
-        "could be seen": number(test.detectable),
-    }
+def _tested(estimate: Estimate, p: float | None) -> str:
+    return str(estimate) if p is None else f"{estimate}, p {p_text(p)}"
+
+
+def _differences(comparison: Comparison) -> dict[str, Any]:
+    row = {"pairs": len(comparison.seeds)}
+    row |= {WORDS[name]: _tested(test.difference, test.p_holm) for name, test in comparison.paired.items()}
+    if comparison.equal_kl:
+        row["KL, from and to"] = " to ".join(map(number, comparison.equal_kl))
+    return row | {"reward that could be seen": number(comparison.paired["reward"].detectable)}
 
 
 def _steps(steps: Steps | None) -> dict[str, Any]:

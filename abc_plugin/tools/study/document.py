@@ -65,7 +65,8 @@ def _content(analysis: Analysis, captions: dict[str, str], source: str) -> dict[
         "read": _read(analysis, source),
         "text_columns": _text_columns,
         "BASELINE": BASELINE,
-        "constants": vars(inference) | vars(learning_curves),
+        "inference": inference,
+        "curves": learning_curves,
     }
 
 

@@ -318,6 +318,7 @@ def test_the_embedded_plan_has_the_flags_of_the_quickstart(tmp_path, monkeypatch
     monkeypatch.setenv("DEMO", "demo")
     plan = read_plan(ROOT / "launch" / "study" / "embedded.yaml")
     theirs = flags_of("launch/imdb.sh", {"DEMO": "demo"}, tmp_path, "train OUT")
+    theirs.pop("ds.param_dtype", None)  # the script's answer to a CPU without fast bf16
     ours = {name: " ".join(words) for name, words in plan.common.items() if name != "shaping.show_every"}
     assert ours == {name: words for name, words in theirs.items() if name not in OWNED}
 

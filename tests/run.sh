@@ -7,4 +7,4 @@ bash launch/environment.sh ray
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false KMP_BLOCKTIME=0 OMP_WAIT_POLICY=PASSIVE
-exec .venv/bin/python -m pytest --durations=10 "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --durations=25 "$@"

@@ -201,8 +201,9 @@ class CreditExperienceMaker(RemoteExperienceMaker):
 
             reward[b,t] = final[b]·[t == last action of b] + penalty[b,t]           (host: models/utils.py)
 
-        The penalty is the host's own of a reward of 0; the difference is taken in double, so that the parts add up to
-        what the host passed. A response without actions has no final reward.
+        The penalty is the host's own of a reward of 0. Where the host takes no baseline off, the final reward is the
+        experience's, to the bit; else it is the difference, which is known up to the rounding of the host's sum. A
+        response without actions has no final reward.
         Raises CreditError where a reward stands elsewhere: then the host does not work as assumed.
         """
         mask_BA = experience.action_mask
@@ -214,8 +215,12 @@ class CreditExperienceMaker(RemoteExperienceMaker):
         before_BA = ~last_BA & acts_B[:, None]
         if not torch.allclose(reward_BA[before_BA], penalty_BA[before_BA], rtol=0, atol=0, equal_nan=True):
             raise CreditError("OpenRLHF's reward is not the final reward plus the KL penalty: unsupported version")
-        final_BA = (reward_BA.double() - penalty_BA.double()).where(last_BA, 0.0)
-        return final_BA.sum(1).to(reward_BA.dtype), penalty_BA
+        final_BA = compute_reward(
+            experience.rewards, 0.0, torch.zeros_like(experience.kl), mask_BA, self.args.reward.clip_range
+        )
+        if not torch.equal(final_BA + penalty_BA, reward_BA):
+            final_BA = reward_BA.double() - penalty_BA.double()
+        return final_BA.where(last_BA, 0.0).sum(1).to(reward_BA.dtype), penalty_BA
 
     def _redistribute(self, experience: Experience, final_B: Tensor) -> tuple[Tensor, Tensor]:
         """Credit by the method, and the shaped reward, each (B, A); notes the metrics on the experience."""

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from abc_plugin.config import ShapingConfig, add_flags
 from abc_plugin.credit import methods as registry
-from abc_plugin.errors import UserError
+from abc_plugin.errors import CreditError, UserError
 
 try:
     import numpy as np
@@ -35,6 +35,7 @@ try:
 except ModuleNotFoundError as error:
     raise UserError(f"abc-rlhf audit needs {error.name}; pip install 'abc-plugin[audit]'") from None
 
+CONTRIBUTION = "contribution"  # evidence that not every reward model has (attention/contribution.py)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPING = ("layer", "heads", "drop", "entropy_floor")  # the settings that decide which token gets how much
 
@@ -70,15 +71,18 @@ def run(args: argparse.Namespace) -> int:
     if args.samples < 1 or (args.split is not None and args.split < 1):
         raise UserError(f"--samples {args.samples}, --split {args.split}: give at least 1")
     reading = Reading(args.prompt_key, args.completion_key, args.split, args.append_eos, args.samples)
+    needs = frozenset().union(*(method.needs for method in methods.values()))
     model = RewardModel(
         path,
         layer=shaping.layer,
         heads=shaping.head_list,
-        needs=frozenset().union(*(method.needs for method in methods.values())),
+        needs=needs - {CONTRIBUTION},
         head=options["ds.value_head_prefix"],
         normalise=options["reward.normalize_enable"],
         dtype=DTYPES[args.dtype],
     )
+    if CONTRIBUTION in needs:
+        methods = _with_contributions(model, methods, asked=args.methods is not None)
     tokenizer = _tokenizer(path)
     completions = read(args.data, tokenizer, reading, model.window)
     configuration = {
@@ -113,6 +117,20 @@ def _methods(names: list[str] | None) -> dict[str, registry.Method]:
                 f"--methods {name} needs {lacking}, which a reward model alone does not give; leave it out"
             )
     return loaded
+
+
+def _with_contributions(
+    model: RewardModel, methods: dict[str, registry.Method], *, asked: bool
+) -> dict[str, registry.Method]:
+    """The methods, without those that need contributions where this model has none and they were not asked for."""
+    try:
+        model.read(CONTRIBUTION)
+    except (UserError, CreditError) as error:
+        if asked:
+            raise UserError(f"--methods: {error}") from None
+        print(f"abc-rlhf audit: without contributions, so without the methods that need them: {error}")
+        return {name: method for name, method in methods.items() if CONTRIBUTION not in method.needs}
+    return methods
 
 
 def _tokenizer(path: str) -> PreTrainedTokenizerBase:

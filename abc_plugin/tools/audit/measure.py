@@ -22,7 +22,7 @@ from abc_plugin.tools.audit.reward_model import FLAG, Explanation, RewardModel
 from abc_plugin.tools.audit.summary import LEAVE_ONE_OUT, RANDOM, RECENCY
 
 POINTS = 10  # a curve's steps: tokens are removed by tenths of the completion
-EVIDENCE = ("attention", "prefix", "gradient")  # what a reward model alone can give
+EVIDENCE = ("attention", "prefix", "gradient", "contribution")  # what a reward model alone can give
 
 
 def measure(

@@ -16,7 +16,7 @@ from abc_plugin.attention import attach
 from abc_plugin.attention.layers import attention_layers
 from abc_plugin.attention.readers import attach_readers, record, rows
 from abc_plugin.attention.scalar_head import FLAG, load_reward_model
-from abc_plugin.errors import UserError
+from abc_plugin.errors import CreditError, UserError
 
 TOKENS = {"cpu": 4096, "cuda": 2**18}  # padded tokens of a forward to begin with; halved where memory runs out
 
@@ -63,7 +63,7 @@ class RewardModel:
                 "grad_input"
             )
         self.model.requires_grad_(False)
-        self.heads = heads
+        self.layer, self.heads = layer, heads
         self.layers = list(attention_layers(self.model, outside=True))
         self._readers = attach_readers(self.model, needs | {"attention"}, layer=layer, heads=heads)
         self.configured = self.layers.index(self._readers["attention"].layer_index)
@@ -74,6 +74,15 @@ class RewardModel:
     def window(self) -> int | None:
         """The longest sequence that the model has positions for; None where the config sets no bound."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def read(self, need: str) -> None:
+        """Read this evidence too, tried on two tokens. Raises UserError or CreditError where the model has none."""
+        self._readers |= attach_readers(self.model, {need}, layer=self.layer, heads=self.heads)
+        try:
+            self.explain([0, 1])
+        except CreditError:
+            del self._readers[need]
+            raise
 
     def scores(self, sequences: list[list[int]]) -> list[float]:
         """Score of each sequence, in batches of like length as large as memory allows."""

@@ -103,6 +103,7 @@ RECOVERY: dict[str, Variant] = {
 METHODS: dict[str, Variant] = {
     PLAIN: _plain,
     "abc": partial(_evidence, "attention"),
+    "abc_signed": partial(_evidence, "contribution"),
     "prefix": partial(_evidence, "prefix"),
     "grad_input": partial(_evidence, "gradient"),
     "abc_d": partial(_policy_rows, "policy"),
@@ -200,9 +201,13 @@ def measure(
 
 
 def in_turn(names: list[str], turn: int) -> list[str]:
-    """A row of the balanced Latin square (Williams 1949): in as many rounds as names, each pair of neighbours once."""
+    """A row of a balanced design (Williams 1949): each name follows each other one equally often.
+
+    An even number of names takes as many rounds for it, an odd one twice as many, half of them backwards.
+    """
     zigzag = [(step + 1) // 2 if step % 2 else -(step // 2) for step in range(len(names))]
-    return [names[(turn + offset) % len(names)] for offset in zigzag]
+    order = [names[(turn + offset) % len(names)] for offset in zigzag]
+    return order[::-1] if turn // len(names) % 2 else order
 
 
 def seconds_of(forward: Forward, device: torch.device) -> float:

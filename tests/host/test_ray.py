@@ -95,6 +95,7 @@ def test_credit_metrics_are_logged(abc, abc_dir):
         assert [event.step for event in events.Scalars(f"train/{name}")] == [1, 2, 3]
 
 
+@pytest.mark.more
 def test_two_ranks_of_each_model_without_a_critic(tiny, tmp_path):
     """Two actor, reference and reward ranks; groups of two samples; credit after the groups' baseline."""
     changes = {f"{model}.num_gpus_per_node": 2 for model in ("actor", "ref", "reward")}
@@ -220,6 +221,7 @@ def test_a_reward_server_gives_the_credit_of_the_model_on_the_cluster(tiny, tmp_
     assert len(same) >= len(remote) - 2, (remote, local)
 
 
+@pytest.mark.more
 def test_a_reward_model_with_another_tokenizer(other, tmp_path):
     changes = {"reward.model_name_or_path": other / "reward_model", "shaping.tokenizer_check": "map"}
     finished = run("abc", other, tmp_path, reward_shaping="abc", **changes)
@@ -232,6 +234,7 @@ def test_a_reward_model_with_another_tokenizer(other, tmp_path):
     assert column(finished, 0, "reward").std() > 1e-3
 
 
+@pytest.mark.more
 def test_a_rule_that_sends_no_credit_is_told_what_to_use(tiny, tmp_path):
     rule = tmp_path / "rule.py"
     rule.write_text("def reward_func(queries, prompts, labels):\n    return {'rewards': 1.0 * len(queries[0])}\n")
@@ -270,6 +273,7 @@ def test_a_killed_worker_is_named_and_the_run_continues_from_its_checkpoint(tiny
     assert 0 < column(resumed, -1, "credit_negative_share").mean() < 1
 
 
+@pytest.mark.more
 def test_the_smoke_script(tmp_path):
     if not (CLONE / ".venv-ray").exists():
         pytest.skip("bash launch/environment.sh ray has not been run in this clone")

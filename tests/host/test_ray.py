@@ -246,6 +246,7 @@ def test_a_rule_that_sends_no_credit_is_told_what_to_use(tiny, tmp_path):
     assert "reward of sample 0 came without credit" in error and "use --reward_shaping uniform, abc_d or none" in error
 
 
+@pytest.mark.more
 def test_a_killed_worker_is_named_and_the_run_continues_from_its_checkpoint(tiny, tmp_path):
     out = tmp_path / "run"
     steps = {"ckpt.save_steps": 1, "data.max_samples": 32, "logger.tensorboard_dir": out / "tensorboard"}

@@ -216,7 +216,7 @@ class CreditExperienceMaker(RemoteExperienceMaker):
         if not torch.allclose(reward_BA[before_BA], penalty_BA[before_BA], rtol=0, atol=0, equal_nan=True):
             raise CreditError("OpenRLHF's reward is not the final reward plus the KL penalty: unsupported version")
         final_BA = compute_reward(
-            experience.rewards, 0.0, torch.zeros_like(experience.kl), mask_BA, self.args.reward.clip_range
+            experience.rewards.reshape(-1), 0.0, torch.zeros_like(experience.kl), mask_BA, self.args.reward.clip_range
         )
         if not torch.equal(final_BA + penalty_BA, reward_BA):
             final_BA = reward_BA.double() - penalty_BA.double()

@@ -10,6 +10,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,15 +18,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from abc_plugin.errors import UserError
 from abc_plugin.host.contract import check_signatures, check_version
 
-# What OpenRLHF imports at module level from packages that one process without vLLM never calls.
+# What OpenRLHF imports at module level from packages that one process never calls; of Ray only the decorator runs.
 OPTIONAL = {
+    "ray": ("ray", "ray.util", "ray.util.placement_group", "ray.util.scheduling_strategies", "ray.util.queue"),
     "vllm": ("vllm", "vllm.inputs", "vllm.utils"),
     "flash_attn": ("flash_attn", "flash_attn.bert_padding", "flash_attn.utils", "flash_attn.utils.distributed"),
 }
 
 
 class _Absent(types.ModuleType):
-    """A module whose every name is a function that says which package is missing."""
+    """A module whose every name is a function that says which package is missing; ``remote`` leaves a class as is."""
 
     def __getattr__(self, name: str) -> Callable:
         if name.startswith("__"):
@@ -35,6 +37,11 @@ class _Absent(types.ModuleType):
             raise UserError(f"{self.__name__}.{name} was called, but {self.__name__.split('.')[0]} is not installed")
 
         return missing
+
+    @classmethod
+    def remote(cls, actor: type | None = None, **_options: object) -> Any:
+        """In place of ``@ray.remote`` and ``@ray.remote(num_gpus=1)``."""
+        return cls.remote if actor is None else actor
 
 
 @contextlib.contextmanager
@@ -96,7 +103,7 @@ def import_host(*, local: bool = True) -> None:
     Raises UserError when OpenRLHF or one of its required packages is missing, or its version or code is not supported.
     """
     # Before the stand-ins: these probe for flash-attn and vLLM, and must find them absent.
-    wanted = ("transformers", "datasets", "peft", "ray", "deepspeed", "torchdata")
+    wanted = ("transformers", "datasets", "peft", "deepspeed", "torchdata")
     missing = [name for name in (*wanted, "openrlhf") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"not installed: {', '.join(missing)}; run bash launch/environment.sh, or pip install them")

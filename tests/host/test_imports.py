@@ -11,8 +11,10 @@ from abc_plugin.host import imports as adapt
 def test_stand_ins_import_refuse_and_leave(monkeypatch):
     monkeypatch.setattr(adapt, "OPTIONAL", {"no_such_engine": ("no_such_engine", "no_such_engine.inner")})
     with adapt.optional_packages():
+        from no_such_engine import remote
         from no_such_engine.inner import Params
 
+        assert remote(int) is int and remote(num_gpus=1)(int) is int  # Ray's decorator
         with pytest.raises(UserError, match="no_such_engine.inner.Params was called, but no_such_engine is not inst"):
             Params(temperature=1.0)
     assert not any(name.startswith("no_such_engine") for name in sys.modules)

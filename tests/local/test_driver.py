@@ -14,6 +14,7 @@ from abc_plugin.cli import main
 from abc_plugin.report.records import read_records
 
 RUNS = {"none": {}, "beta0": {"reward_shaping": "abc", "shaping.beta": 0}}
+WITHOUT_RAY = "import sys; sys.modules['ray'] = None; from abc_plugin.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def runs(tiny, local_runs, tmp_path_factory):
     out = {name: tmp_path_factory.mktemp(name) for name in ("stock", *RUNS, "abc")}
     said = {name: local_runs.done(local_flags(tiny, out[name], **changes)) for name, changes in RUNS.items()}
     said["stock"] = local_runs.done(local_flags(tiny, out["stock"]), variant=("stock", None))
-    abc = run_python("-m", "abc_plugin", "local", *local_flags(tiny, out["abc"], reward_shaping="abc"))
+    abc = run_python("-c", WITHOUT_RAY, "local", *local_flags(tiny, out["abc"], reward_shaping="abc"))
     assert abc.returncode == 0, abc.stderr[-3000:]
     return {name: (out[name], said.get(name, abc.stdout)) for name in out}
 

@@ -28,6 +28,7 @@ from abc_plugin.errors import UserError
 GROUP = "abc_plugin.reward_shaping"
 NEEDS = ("attention", "prefix", "gradient", "contribution", "policy", "policy_last")
 POLICY = frozenset({"policy", "policy_last"})  # the needs that the policy's worker answers
+SCORE_UNITS = frozenset({"prefix", "contribution"})  # the needs whose evidence, and credit, is a part of the score
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from abc_plugin.credit.methods import Evidence, Method
 from abc_plugin.credit.redistribute import last_action, mix, redistribute, renormalised, uniform_weights
 
 STEPS = 40  # bisections: the mixture is found to 2^-40
+LEAST_DEVIATION = 0.05  # of a group's rewards, relative to what a response's credits would give if independent
 
 
 class Shaped(NamedTuple):
@@ -32,6 +33,7 @@ def shape(
     dropped_BA: Tensor | None = None,
     entropy_floor: float = 0.0,
     ends_BA: Tensor | None = None,
+    deviation_B: Tensor | None = None,
 ) -> Shaped:
     """Shape a batch's rewards by the credit of one reward model, or the mean credit of several.
 
@@ -42,6 +44,7 @@ def shape(
     d: ``disagreement`` of the members' credit.  dropped_BA, entropy_floor: of methods with weights, by ``without`` and
     ``with_entropy``.
     ends_BA: where segments end (``pooled``), applied last.
+    deviation_B: what the reward was divided by and the method's credit was not (``in_deviations``).
     Raises ValueError as ``redistribute``.
     """
     mask_BA = members[0].action_mask_BA.bool()
@@ -50,6 +53,8 @@ def shape(
     def member_credit(evidence: Evidence) -> Tensor:
         if method.weights is None:
             credit_BA = method.credit(evidence, reward_B)
+            if deviation_B is not None:
+                credit_BA = in_deviations(credit_BA, reward_B, mask_BA, deviation_B)
         else:
             credit_BA = method.weights(evidence)
             credit_BA = credit_BA if dropped_BA is None else without(credit_BA, kept_BA)
@@ -66,6 +71,24 @@ def shape(
         reward_BA = mix(reward_B, credit_BA, mask_BA, beta * (1.0 - apart_BA))
     share_BA = mean_BA if method.weights is not None else mean_BA.abs() / _total_size(mean_BA)
     return Shaped(reward_BA, credit_BA, share_BA, apart_BA)
+
+
+def in_deviations(credit_BA: Tensor, reward_B: Tensor, action_mask_BA: Tensor, deviation_B: Tensor) -> Tensor:
+    """Credit in the score's units -> credit of a reward that was divided by its group's deviation, (B, A) fp32.
+
+        out[b,t] = credit[b,t] / deviation[b]                               t not the last action
+        out[b,t] = reward[b] - sum_u out[b,u]                               t the last action, u all others
+
+    Where the group hardly differs, deviation[b] < LEAST_DEVIATION·sqrt(sum_u credit[b,u]^2), all of the reward stays
+    with the last action: the divided reward is bounded, by the square root of the group's size, but what moves within
+    a response would grow without bound. reward_B: after the division.  deviation_B: score units, > 0.
+    """
+    last_BA = last_action(action_mask_BA).bool()
+    earlier_BA = torch.where(last_BA, 0.0, credit_BA.double())
+    divides_B = deviation_B >= LEAST_DEVIATION * earlier_BA.norm(dim=1)
+    divided_BA = torch.where(divides_B[:, None], earlier_BA / deviation_B[:, None], 0.0)
+    rest_B1 = reward_B.double()[:, None] - divided_BA.sum(1, keepdim=True)
+    return torch.where(last_BA, rest_B1, divided_BA).float()
 
 
 def disagreement(credits: Sequence[Tensor]) -> Tensor:

@@ -41,9 +41,6 @@ NO_GRADIENT = (
     ("ds.tensor_parallel_size", lambda size: size > 1, "it splits each layer over processes", GRADIENTS),
 )
 
-# Advantage estimators that divide the scalar reward: credit in the score's units would drown it, or drown.
-SCALED = ("group_norm",)
-
 
 def check_method(args: Namespace, shaping: ShapingConfig, *, remote: str | None = None) -> None:
     """Refuse what ``--reward_shaping`` cannot do with the other settings; says so, with the remedy.
@@ -60,12 +57,6 @@ def check_method(args: Namespace, shaping: ShapingConfig, *, remote: str | None 
         raise UserError(
             "--shaping.segment turn needs an agent's turns: without --train.agent_func_path a response is one turn, "
             "and its pooled credit the sparse reward; use sentence"
-        )
-    estimator = args.algo.advantage.estimator
-    if method.needs & {"prefix", "contribution"} and estimator in SCALED:
-        raise UserError(
-            f"{name} does not work with --algo.advantage.estimator {estimator}: it divides rewards by "
-            "their group's deviation, but credit has the score's units; use rloo, or --reward_shaping abc"
         )
     if remote and method.needs & {"prefix", *GRADIENTS}:
         raise UserError(

@@ -22,6 +22,8 @@ from abc_plugin.host.worker import EvidenceBatch
 from abc_plugin.text.remote_credit import CREDIT, attention_row
 from abc_plugin.text.segments import segment_ends
 
+GROUP_NORM, EPSILON = "group_norm", 1e-9  # the estimator that divides by the group's deviation, and what it adds to it
+
 
 class RewardParts(NamedTuple):
     """What one experience's per-token reward consists of."""
@@ -225,7 +227,11 @@ class CreditExperienceMaker(RemoteExperienceMaker):
     def _redistribute(self, experience: Experience, final_B: Tensor) -> tuple[Tensor, Tensor]:
         """Credit by the method, and the shaped reward, each (B, A); notes the metrics on the experience."""
         mask_BA, members = experience.action_mask, self._members(experience)
-        shaped = shape_batch(self.shaping, self.method, members, final_B, self.text_tokenizer, self.shaping.beta)
+        deviation_B = None
+        if self.method.needs & methods.SCORE_UNITS and self.args.algo.advantage.estimator == GROUP_NORM:
+            deviation_B = experience.info["group_reward_std"] + EPSILON
+        tokenizer, beta = self.text_tokenizer, self.shaping.beta
+        shaped = shape_batch(self.shaping, self.method, members, final_B, tokenizer, beta, deviation_B)
         special_BA = special_actions(self.text_tokenizer, experience.sequences)
         experience.info |= credit_metrics(shaped.share_BA, shaped.reward_BA, final_B, mask_BA, special_BA)
         if self.method.weights is None:
@@ -270,6 +276,7 @@ def shape_batch(
     reward_B: Tensor,
     tokenizer: Any,
     beta: float,
+    deviation_B: Tensor | None = None,
 ) -> Shaped:
     """``credit.shaping.shape`` with ``--shaping.drop``, ``--shaping.entropy_floor`` and ``--shaping.segment``."""
     sequences_BS, mask_BA = members[0].sequences_BS, members[0].action_mask_BA
@@ -281,6 +288,7 @@ def shape_batch(
         dropped_BA=dropped(shaping.dropped, mask_BA, special_actions(tokenizer, sequences_BS)),
         entropy_floor=shaping.entropy_floor,
         ends_BA=segment_ends(shaping.segment, tokenizer, sequences_BS, mask_BA),
+        deviation_B=deviation_B,
     )
 
 

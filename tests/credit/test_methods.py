@@ -74,6 +74,21 @@ def test_contribution_by_hand():
     assert torch.equal(shaped.reward_BA[0], torch.tensor([0, 0.75, -0.125, 1.375, 0]))
 
 
+def test_a_reward_that_was_divided_by_hand():
+    """The group's deviation is .5: credit doubles, and the rest of the divided reward lies on the last action."""
+    contribution = tensor([9.0, 1.5, -0.25, 7.0, 9.0], [0.5, 9.0, 9.0, -1.0, 7.0], [3.0] * 5, [1.0] * 5)
+    evidence, deviation = Evidence(IDS, MASK, contribution_BA=contribution), torch.tensor([0.5, 0.5, 0.5, 1e-9])
+    shaped = shape(ABC_SIGNED, [evidence], REWARD, beta=1.0, deviation_B=deviation)
+    # 2 - 3 + .5; -1 - 1 + 2; one action has all; nothing.
+    expected = tensor([0, 3.0, -0.5, -0.5, 0], [1.0, 0, 0, -2.0, 0.0], [0, 0, 5.0, 0, 0], [0] * 5)
+    assert torch.equal(shaped.reward_BA, expected)
+    # |(1.5, -.25)| is 1.52, a twentieth of it .076: below, the group is taken to be all the same.
+    for near, dense in ((0.08, 1.5 / 0.08), (0.07, 0.0)):
+        shaped = shape(ABC_SIGNED, [evidence], REWARD, beta=1.0, deviation_B=torch.full((4,), near))
+        assert shaped.reward_BA[0, 1].item() == pytest.approx(dense)
+        assert shaped.reward_BA[0].sum().item() == pytest.approx(2.0)
+
+
 def test_dropped_tokens_by_hand():
     special = torch.tensor([[1, 1, 0, 0, 0], [0] * 5, [0] * 5, [0] * 5]).bool()
     assert dropped(frozenset(), MASK, special) is None

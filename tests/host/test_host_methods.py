@@ -119,10 +119,6 @@ def refused(tiny, out, on_ray=False, **changes):
         ({"reward_shaping": "abc_d", "shaping.heads": "0"}, "abc_d reads the policy's attention: leave"),
         ({"reward_shaping": "abc", "shaping.heads": "0,9"}, "--shaping.heads 9: the layer has 2 heads, 0 to 1"),
         ({"reward_shaping": "prefix", "shaping.tokenizer_check": "map"}, "the reward model's tokens end elsewhere"),
-        (
-            {"reward_shaping": "prefix", "algo.advantage.estimator": "group_norm", "rollout.n_samples_per_prompt": 2},
-            "prefix does not work with --algo.advantage.estimator group_norm: it divides rewards.*use rloo",
-        ),
         ({"reward_shaping": "abc", "shaping.segment": "turn"}, "a response is one turn.*use sentence"),
         ({"shaping.layer": "0"}, "--shaping.layer 0 changes credit, and --reward_shaping none gives none"),
     ],

@@ -60,6 +60,7 @@ def experience(seed, rows=4, length=9, first=0):
         info={},
     )
     exp.evidence = [{name: torch.rand(rows, length, generator=rng) for name in ("attention", "prefix")}]
+    exp.evidence[0]["contribution"] = torch.randn(rows, length, generator=rng)
     return exp
 
 
@@ -84,7 +85,7 @@ def test_none_and_beta_zero_are_bit_identical_to_the_stock_host(estimator, shapi
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("method", ["abc", "uniform", "prefix"])
+@pytest.mark.parametrize("method", ["abc", "uniform", "prefix", "abc_signed"])
 def test_credit_keeps_the_return_and_moves_the_reward(estimator, method):
     extra = ["--reward.clip_range", "-2", "2"]
     stock = make(RemoteExperienceMaker, None, *flags(estimator), *extra).compute_advantages_and_returns(batch())
@@ -97,8 +98,29 @@ def test_credit_keeps_the_return_and_moves_the_reward(estimator, method):
         assert torch.isfinite(mine.advantages).all()
 
 
+@pytest.mark.parametrize("method", ["abc", "prefix", "abc_signed"])
+def test_group_norm_is_dr_grpo_divided_by_the_groups_deviation(method):
+    """Both subtract the group's mean; so whatever the credit, the returns differ by the deviation alone."""
+    made = []
+    for estimator in ("group_norm", "dr_grpo"):
+        experiences = batch()
+        for exp in experiences:
+            exp.kl.zero_()
+        experiences[1].rewards.fill_(0.7)  # a group without a deviation: nothing is to be learned from it
+        made.append(
+            make(CreditExperienceMaker, ShapingConfig(method), *flags(estimator)).compute_advantages_and_returns(
+                experiences
+            )
+        )
+    (divided, equal), (plain, _) = made
+    deviation_B1 = plain.rewards.std() + 1e-9
+    torch.testing.assert_close(divided.returns * deviation_B1, plain.returns)
+    assert plain.returns.abs().max() > 1.0
+    torch.testing.assert_close(equal.returns, torch.zeros_like(equal.returns))
+
+
 @pytest.mark.parametrize("tokens", [1, 2])
-@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name not in ("gae", "group_norm")])
+@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name != "gae"])
 def test_what_a_prompt_scores_by_itself_sets_no_token_apart_under_prefix(estimator, tokens):
     """A reward model that only likes the prompt: without a critic, every token has the sparse reward's advantage."""
 

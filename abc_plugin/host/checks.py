@@ -41,6 +41,10 @@ NO_GRADIENT = (
     ("ds.tensor_parallel_size", lambda size: size > 1, "it splits each layer over processes", GRADIENTS),
 )
 
+# Methods whose credit a critic that starts as the reward model has in its values already: the difference that a token
+# makes to the score of the text so far. Paid on top it counts twice, until the critic has unlearned it.
+COUNTED_TWICE = ("uniform", "abc", "abc_d", "abc_d2", "prefix")
+
 
 def check_method(args: Namespace, shaping: ShapingConfig, *, remote: str | None = None) -> None:
     """Refuse what ``--reward_shaping`` cannot do with the other settings; says so, with the remedy.
@@ -236,6 +240,18 @@ def preflight(args: Namespace, shaping: ShapingConfig) -> None:
         print(f"abc_plugin: not on this machine, so checked by the worker that loads it: {', '.join(absent)}")
     else:
         check_models(args, shaping, _prompts(args), runs_here=False)
+    warn_of_critic(args, shaping)
+
+
+def warn_of_critic(args: Namespace, shaping: ShapingConfig) -> None:
+    """Say where dense credit is not expected to gain anything, and what to use instead. After ``check_models``."""
+    critic = args.critic.model_name_or_path
+    if shaping.dense and shaping.method in COUNTED_TWICE and critic in reward_models(args) and not shaping.share_base:
+        print(
+            f"abc_plugin: WARNING: --reward_shaping {shaping.method} seldom gains where the critic starts as the "
+            f"reward model ({critic}), whose values tell it already; give --critic.model_name_or_path "
+            f"{args.actor.model_name_or_path}, or use --reward_shaping abc_signed or none"
+        )
 
 
 def _remote(source: str, shaping: ShapingConfig) -> None:

@@ -13,7 +13,7 @@ from abc_plugin.host.imports import import_host
 
 import_host()
 
-from abc_plugin.host.checks import preflight  # noqa: E402
+from abc_plugin.host.checks import preflight, warn_of_critic  # noqa: E402
 from abc_plugin.host.ray_driver import _cause  # noqa: E402
 from abc_plugin.local.local_checks import parse_for_one_process  # noqa: E402
 
@@ -31,8 +31,9 @@ def headless(tiny, tmp_path):
     return shutil.copytree(tiny / "policy", tmp_path / "headless")
 
 
-def test_good_models_pass(tiny, tmp_path):
+def test_good_models_pass(tiny, tmp_path, capsys):
     assert checked(tiny, tmp_path).shaping_checked
+    assert capsys.readouterr().out.count("seldom gains where the critic starts as the reward model") == 1
     # The kernels of the workers need not run on the driver's machine.
     assert checked(tiny, tmp_path, **{"ds.attn_implementation": "flash_attention_2"}).shaping_checked
 
@@ -83,6 +84,27 @@ def test_a_remote_reward_is_told_what_to_send(tiny, tmp_path, capsys):
     assert "--train.agent_func_path is set: --reward_shaping abc needs credit_spans" in capsys.readouterr().out
     preflight(args, ShapingConfig("uniform"))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("shaping", "changes", "warned"),
+    [
+        *((ShapingConfig(method), {}, True) for method in ("uniform", "abc", "abc_d", "abc_d2", "prefix")),
+        *((ShapingConfig(method), {}, False) for method in ("none", "abc_signed", "grad_input")),
+        (ShapingConfig("abc", 0.0), {}, False),
+        (ShapingConfig("abc", share_base=True), {}, False),
+        (ShapingConfig("abc"), {"algo.advantage.estimator": "reinforce"}, False),
+        (ShapingConfig("abc"), {"critic.model_name_or_path": "the reward model"}, True),
+        (ShapingConfig("abc"), {"critic.model_name_or_path": "the policy"}, False),
+    ],
+)
+def test_dense_credit_on_top_of_a_critic_that_has_it_is_warned_of(tiny, tmp_path, capsys, shaping, changes, warned):
+    paths = {"the reward model": tiny / "reward_model", "the policy": tiny / "policy"}
+    flags = local_flags(tiny, tmp_path, **{key: paths.get(value, value) for key, value in changes.items()})
+    warn_of_critic(parse_for_one_process(flags, shaping)[0], shaping)
+    said = f"give --critic.model_name_or_path {tiny / 'policy'}, or use --reward_shaping abc_signed or none\n"
+    printed = capsys.readouterr().out
+    assert printed.endswith(said) and printed.count("\n") == 1 if warned else printed == ""
 
 
 CREATION = """The actor died because of an error raised in its creation task, ray::PPOTrainer.__init__() (pid=1)

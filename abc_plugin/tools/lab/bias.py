@@ -11,7 +11,7 @@ from torch import Tensor
 from abc_plugin.credit.methods import Method
 from abc_plugin.tools.lab.mdp import Completions
 from abc_plugin.tools.lab.policy_gradient import advantages, ascend, expected_gradient, true_gradient, variance
-from abc_plugin.tools.lab.random_processes import KINDS, Tables, shaped
+from abc_plugin.tools.lab.random_processes import KINDS, Tables, prefix_critic, shaped
 
 
 @dataclass(frozen=True)
@@ -30,25 +30,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """One setting; ``values`` has a number per reward model (M,) for each name in VALUES."""
+    """One setting; ``values`` has a number per reward model (M,) by name (``findings.COLUMNS`` says what each is)."""
 
     case: Case
     beta: float
     lambda_: float
     values: dict[str, Tensor]
-
-
-VALUES = {
-    "cosine": "between the gradient followed and the true one",
-    "norm_ratio": "length of the gradient followed, over the true one's",
-    "flips": "share of logits that it pushes against the true gradient",
-    "variance": "trace of the covariance of one completion's estimate",
-    "noise": "sqrt(variance) over the length of the gradient followed",
-    "noise_no_critic": "the same where the value function is 0",
-    "batch": "completions up to which a batch's mean is closer in angle to the true gradient than that of none",
-    "gain": "reward that ascent gains, of what the best completion would gain",
-    "best": "probability of the best completion after the ascent",
-}
 
 
 def cases(methods: dict[str, Method]) -> tuple[list[Case], list[str]]:
@@ -71,36 +58,33 @@ def settings(made: list[Case], betas: list[float], lambdas: list[float]) -> list
 def measure(
     space: Completions, tables: Tables, wanted: list[tuple[Case, float, float]], critic: str, seed: int
 ) -> Iterator[Row]:
-    """A row per setting, in their order; those of none come first, since others are compared with them."""
+    """A row per setting, in their order."""
     policy_MPV = space.policy(tables.theta_MPV)
     p_MN = space.probability(policy_MPV)
     truth_MPV = true_gradient(space, policy_MPV, p_MN, tables.reward_MN)
 
-    def estimate(dense_MNL: Tensor, critic: str, lambda_: float) -> tuple[Tensor, Tensor]:
-        """The expected gradient (M, P, V) and the variance (M,) of one completion's estimate of it."""
-        advantage_MNL = advantages(space, p_MN, dense_MNL, critic, lambda_, seed)
+    def estimate(dense_MNL: Tensor, values: str | Tensor, lambda_: float) -> tuple[Tensor, Tensor]:
+        """The expected gradient (M, P, V) and the noise (M,) of one completion's estimate of it."""
+        advantage_MNL = advantages(space, p_MN, dense_MNL, values, lambda_, seed)
         g_MPV = expected_gradient(space, policy_MPV, p_MN, advantage_MNL)
-        return g_MPV, variance(space, policy_MPV, p_MN, advantage_MNL, g_MPV).clamp_min(0.0)
+        variance_M = variance(space, policy_MPV, p_MN, advantage_MNL, g_MPV).clamp_min(0.0)
+        return g_MPV, variance_M.sqrt() / _norm(g_MPV)
 
     reached: dict[tuple, dict[str, Tensor]] = {}
-    noise_of_none: dict[float, Tensor] = {}
     for case, beta, lambda_ in wanted:
+        # The prefix critic is of the reward model that pays: of the same scores where the credit is made of scores.
+        kind = case.kind if "prefix" in case.method.needs else "ideal"
+        baseline = prefix_critic(space, tables, kind) if critic == "prefix" else critic
         dense_MNL = shaped(space, tables, case.method, case.kind, beta)
-        g_MPV, variance_M = estimate(dense_MNL, critic, lambda_)
-        plain_MPV, plain_M = estimate(dense_MNL, "zero", lambda_)
-        values = against_truth(g_MPV, truth_MPV) | {"variance": variance_M}
-        values["noise"] = variance_M.sqrt() / _norm(g_MPV)
-        values["noise_no_critic"] = plain_M.sqrt() / _norm(plain_MPV)
-        if case.name == "none":
-            noise_of_none[lambda_] = values["noise"]
-        values["batch"] = batch_up_to(values["cosine"], values["noise"], noise_of_none[lambda_])
+        g_MPV, noise_M = estimate(dense_MNL, baseline, lambda_)
+        noise = {"noise": noise_M, "noise_no_critic": estimate(dense_MNL, "zero", lambda_)[1]}
         # An exact critic leaves lambda no influence on the expectation (README), so one ascent serves all of them.
         ascent_lambda = 1.0 if critic == "exact" else lambda_
         key = (case.label, beta, ascent_lambda)
         if key not in reached:
-            end_MPV = ascend(space, tables.theta_MPV, dense_MNL, critic, ascent_lambda, seed)
+            end_MPV = ascend(space, tables.theta_MPV, dense_MNL, baseline, ascent_lambda, seed)
             reached[key] = _reached(space, tables, p_MN, end_MPV)
-        yield Row(case, beta, lambda_, values | reached[key])
+        yield Row(case, beta, lambda_, against_truth(g_MPV, truth_MPV) | noise | reached[key])
 
 
 def _norm(g_MPV: Tensor) -> Tensor:
@@ -114,18 +98,6 @@ def against_truth(g_MPV: Tensor, truth_MPV: Tensor) -> dict[str, Tensor]:
     flipped_MPV = moved_MPV & pushed_MPV & (g_MPV * truth_MPV < 0)
     flips_M = flipped_MPV.sum((1, 2)) / moved_MPV.sum((1, 2))
     return {"cosine": cosine_M, "norm_ratio": _norm(g_MPV) / _norm(truth_MPV), "flips": flips_M.double()}
-
-
-def batch_up_to(cosine_M: Tensor, noise_M: Tensor, none_M: Tensor) -> Tensor:
-    """Completions n per batch up to which this estimate is better aligned with the true gradient than that of none.
-
-    With |g| = 1 a batch's mean has the squared alignment cos² / (1 + noise² / n); that of none 1 / (1 + none² / n).
-    They are equal at n = (cos²·none² - noise²) / (1 - cos²). 0 where that is negative or the two are the same.
-    """
-    square_M = cosine_M.clamp_min(0.0).square()
-    ahead_M, bias_M = square_M * none_M.square() - noise_M.square(), 1.0 - square_M
-    ahead_M = torch.where(ahead_M > 1e-6 * none_M.square(), ahead_M, 0.0)
-    return torch.where(bias_M > 1e-9, ahead_M / bias_M, torch.where(ahead_M > 0, torch.inf, 0.0))
 
 
 def _reached(space: Completions, tables: Tables, start_MN: Tensor, policy_MPV: Tensor) -> dict[str, Tensor]:

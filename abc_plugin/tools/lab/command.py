@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=CRITICS,
         default="exact",
         help="value function: exact (of the shaped reward under the current policy), noisy (with errors of 0.5 per "
-        "prefix), constant (the mean reward), zero",
+        "prefix), constant (the mean reward), prefix (the reward model's score so far: the host's critic in its first "
+        "step), zero",
     )
     add(
         "--rewards",
@@ -78,21 +79,25 @@ def run(args: argparse.Namespace) -> int:
     measured = measure(space, tables, wanted, args.critic, args.seed)
     rows = list(track(measured, "lab", len(wanted), console=Console(stderr=True), transient=True))
     summary = findings.summarise(rows)
+    sentences = findings.verdict(summary)
+    if skipped:
+        sentences.append(f"Skipped, because the lab cannot make what they look at: {', '.join(skipped)}.")
     title = (
         f"{args.reward_models} random reward models over {args.vocabulary}^{args.length} completions, "
         f"lambda {args.lambdas[0]:g}, {args.critic} critic"
     )
     console.print(title + (" (the other lambdas are in lab.md)" if len(args.lambdas) > 1 else ""))
     console.print(_table(summary[summary["lambda"] == args.lambdas[0]]))
+    lines = json.loads(summary.to_json(orient="records", double_precision=15))  # infinities as null
+    everything = {"settings": setting, "example": example, "verdict": sentences, "rows": lines}
     files = [args.out / f"lab.{suffix}" for suffix in ("json", "md", "png")]
     try:
-        everything = findings.as_json(rows, setting, example, skipped)
         files[0].write_text(json.dumps(everything, indent=1), encoding="utf-8")
-        files[1].write_text(findings.as_markdown(summary, setting, example, skipped), encoding="utf-8")
+        files[1].write_text(findings.as_markdown(summary, setting, example, sentences), encoding="utf-8")
         files[2].write_bytes(draw_png(summary, f"{title}; equal points are drawn side by side"))
     except OSError as error:
         raise UserError(f"cannot write to {args.out}: {error.strerror}; choose another --out") from None
-    for sentence in findings.verdict(summary) + ([findings.skipped_line(skipped)] if skipped else []):
+    for sentence in sentences:
         console.print(sentence, markup=False)
     print(f"abc-rlhf lab: {len(rows)} settings of {args.reward_models} reward models: {' '.join(map(str, files))}")
     return 0

@@ -1,48 +1,37 @@
-"""What the numbers say: a table of summaries over reward models, plain sentences, and the files."""
+"""What the numbers say: a table of summaries over reward models, plain sentences, and the text of lab.md."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from abc_plugin.tools.lab.bias import VALUES, Row
+from abc_plugin.tools.lab.bias import Row
 from abc_plugin.tools.lab.random_processes import EXAMPLE
 
 EXACT = 1e-6  # the shipped functions compute in fp32; anything beyond its rounding is bias
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of the table: its heading, which value it shows, how reward models are summarised, and how written."""
+class Column(NamedTuple):
+    """A column of the table: which value it shows, how reward models are summarised, how it is written."""
 
     heading: str
     value: str
-    summary: str  # mean, min or median (the lower of two: interpolating between infinities gives NaN)
-    format: Callable[[float], str]
-
-
-def _percent(x: float) -> str:
-    return f"{100 * x:.1f}"
-
-
-def _batch(x: float) -> str:
-    return "always" if math.isinf(x) else "never" if x < 1 else f"{x:.0f}"
+    summary: str  # mean, min or median
+    format: str
+    meaning: str
 
 
 COLUMNS = {
-    "cosine": Column("cosine", "cosine", "mean", "{:.3f}".format),
-    "worst": Column("worst", "cosine", "min", "{:.3f}".format),
-    "norm_ratio": Column("norm", "norm_ratio", "median", "{:.3f}".format),
-    "flips": Column("wrong %", "flips", "mean", _percent),
-    "noise": Column("noise", "noise", "median", "{:.2f}".format),
-    "noise_no_critic": Column("noise, no critic", "noise_no_critic", "median", "{:.2f}".format),
-    "batch": Column("closer up to", "batch", "median", _batch),
-    "gain": Column("gain %", "gain", "mean", _percent),
-    "best": Column("best %", "best", "mean", _percent),
+    "cosine": Column("cosine", "cosine", "mean", "{:.3f}", "between the gradient followed and the true one"),
+    "worst": Column("worst", "cosine", "min", "{:.3f}", "the same"),
+    "norm_ratio": Column("norm", "norm_ratio", "median", "{:.3f}", "length of the gradient followed, over the true's"),
+    "flips": Column("wrong %", "flips", "mean", "{:.1%}", "logits that it pushes against the true gradient"),
+    "noise": Column("noise", "noise", "median", "{:.2f}", "sqrt(trace of one completion's covariance) over length"),
+    "noise_no_critic": Column("noise, no critic", "noise_no_critic", "median", "{:.2f}", "the same where V = 0"),
+    "gain": Column("gain %", "gain", "mean", "{:.1%}", "reward that ascent gains, of what there is to gain"),
+    "best": Column("best %", "best", "mean", "{:.1%}", "probability of the best completion after the ascent"),
 }
 
 
@@ -70,36 +59,21 @@ def summarise(rows: Iterable[Row]) -> pd.DataFrame:
 
 def cells(line: pd.Series, names: Iterable[str] = COLUMNS) -> list[str]:
     """Some of a line's summaries as text."""
-    return [COLUMNS[name].format(line[name]) for name in names]
+    return [COLUMNS[name].format.format(line[name]).removesuffix("%") for name in names]
 
 
 def verdict(summary: pd.DataFrame) -> list[str]:
-    """Plain sentences: what is unbiased, what only rescales, what is biased and what that costs."""
+    """Plain sentences: what is unbiased, what only rescales, what pushes logits back, and what reaches the optimum."""
     groups = summary.groupby("credit", sort=False)
-    unbiased = groups["unbiased"].all()
-    straight = ~unbiased & (groups["flips"].max() == 0)
-    sentences = [
-        f"{text}: {'; '.join(chosen.index[chosen])}."
-        for text, chosen in (
-            ("Unbiased in every setting", unbiased),
-            ("Biased, but no logit is pushed the wrong way", straight),
-        )
-        if chosen.any()
-    ]
-    sentences += [_cost(lines) for label, lines in groups if not unbiased[label] and not straight[label]]
-    kept = list(filter(None, (_within_one_percent(label, lines) for label, lines in groups)))
+    unbiased, flips = groups["unbiased"].all(), groups["flips"].max()
+    sorted_ = {
+        "Unbiased in every setting": unbiased,
+        "Biased, but no logit is pushed the wrong way": ~unbiased & (flips == 0),
+        "Biased, and some logits are pushed the wrong way": ~unbiased & (flips > 0),
+    }
+    sentences = [f"{text}: {'; '.join(which.index[which])}." for text, which in sorted_.items() if which.any()]
+    kept = [words for label, lines in groups if (words := _within_one_percent(label, lines))]
     return [*sentences, f"Gradient ascent ends within 1 % of the optimum with: {'; '.join(kept) or 'none of them'}."]
-
-
-def _cost(lines: pd.DataFrame) -> str:
-    """The setting of highest beta, of those the one that pushes most logits the wrong way."""
-    line = lines.loc[max(lines.index, key=lambda i: (lines.beta[i], round(lines.flips[i], 6)))]
-    where = f"beta {line.beta:g}, lambda {line['lambda']:g}" if line.beta else f"lambda {line['lambda']:g}"
-    return (
-        f"Biased: {line.credit}: at {where} the gradient's cosine with the true one is "
-        f"{line.cosine:.2f}, {100 * line.flips:.0f} % of logits are pushed the wrong way, and following it gains "
-        f"{100 * line.gain:.0f} % of the reward there is to gain ({100 * line.best:.0f} % on the best completion)."
-    )
 
 
 def _within_one_percent(label: str, lines: pd.DataFrame) -> str:
@@ -109,65 +83,23 @@ def _within_one_percent(label: str, lines: pd.DataFrame) -> str:
     return "" if kept.empty else label if lost.empty else f"{label} up to beta {kept.max():g}"
 
 
-def skipped_line(skipped: list[str]) -> str:
-    """Names the methods that the lab leaves out."""
-    return f"Skipped, because the lab cannot make what they look at: {', '.join(skipped)}."
-
-
-def as_json(
-    rows: list[Row], setting: dict[str, Any], example: dict[float, float], skipped: list[str]
-) -> dict[str, Any]:
-    """Everything, with each value of each reward model."""
-    summary = summarise(rows)
-    keys = ["method", "evidence", "beta", "lambda", "unbiased"]
-    return {
-        "settings": setting,
-        "example": {f"{beta:g}": value for beta, value in example.items()},
-        "verdict": verdict(summary),
-        "skipped": skipped,
-        "values": VALUES,
-        "rows": [
-            {
-                **{key: line[key] for key in keys},
-                "summary": {name: _finite(line[name]) for name in COLUMNS},
-                "values": {name: [_finite(x) for x in row.values[name].tolist()] for name in VALUES},
-            }
-            for row, line in zip(rows, summary.to_dict("records"), strict=True)
-        ],
-    }
-
-
-def _finite(x: float) -> float | None:
-    """JSON has no infinity; a batch without bound is null."""
-    return x if math.isfinite(x) else None
-
-
 def as_markdown(
-    summary: pd.DataFrame, setting: dict[str, Any], example: dict[float, float], skipped: list[str]
+    summary: pd.DataFrame, setting: dict[str, Any], example: dict[float, float], sentences: list[str]
 ) -> str:
-    """The same for readers: settings, the example, the table, the verdict."""
+    """Settings, the example, the table, what its columns mean, the sentences."""
     words = {name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in setting.items()}
     gradients = [[f"{beta:g}", f"{gradient:+.4f}"] for beta, gradient in example.items()]
     body = [[line.credit, f"{line.beta:g}", f"{line['lambda']:g}", *cells(line)] for _, line in summary.iterrows()]
-    sentences = verdict(summary) + ([skipped_line(skipped)] if skipped else [])
-    return "\n".join(
-        [
-            "# abc-rlhf lab",
-            "",
-            "; ".join(f"{name} {value}" for name, value in words.items()) + ".",
-            "",
-            EXAMPLE,
-            "",
-            *_table(["beta", "gradient"], gradients),
-            "",
-            *_table(["credit", "beta", "lambda", *(column.heading for column in COLUMNS.values())], body),
-            "",
-            *(f"- {c.heading} ({c.summary} over reward models): {VALUES[c.value]}" for c in COLUMNS.values()),
-            "",
-            *(f"- {sentence}" for sentence in sentences),
-            "",
-        ]
+    parts = (
+        ["# abc-rlhf lab"],
+        ["; ".join(f"{name} {value}" for name, value in words.items()) + "."],
+        [EXAMPLE],
+        _table(["beta", "gradient"], gradients),
+        _table(["credit", "beta", "lambda", *(column.heading for column in COLUMNS.values())], body),
+        [f"- {c.heading} ({c.summary} over reward models): {c.meaning}" for c in COLUMNS.values()],
+        [f"- {sentence}" for sentence in sentences],
     )
+    return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
 def _table(header: list[str], body: list[list[str]]) -> list[str]:

@@ -7,17 +7,20 @@ from torch import Tensor
 
 from abc_plugin.tools.lab.mdp import Completions
 
-CRITICS = ("constant", "exact", "noisy", "zero")
+CRITICS = ("constant", "exact", "noisy", "prefix", "zero")
 STEPS = 200  # of natural gradient ascent
 
 
-def critic_values(space: Completions, p_MN: Tensor, dense_MNL: Tensor, critic: str, seed: int = 0) -> Tensor:
+def critic_values(space: Completions, p_MN: Tensor, dense_MNL: Tensor, critic: str | Tensor, seed: int = 0) -> Tensor:
     """What the critic says of the state before each choice, (M, N, L).
 
+    A tensor (M, N, L): fixed values, as of ``random_processes.prefix_critic``.
     exact: V(s_t) = E[sum of the shaped rewards from t on | s_t], what a perfect critic of this policy learns; credit
     may look at the whole completion, so a shaped reward is no function of the prefix, but its expectation is.
     noisy: that plus a fixed normal error of standard deviation 0.5 per prefix.  constant: the policy's mean reward.
     """
+    if isinstance(critic, Tensor):
+        return critic
     if critic == "zero":
         return torch.zeros_like(dense_MNL)
     if critic == "constant":
@@ -33,7 +36,12 @@ def critic_values(space: Completions, p_MN: Tensor, dense_MNL: Tensor, critic: s
 
 
 def advantages(
-    space: Completions, p_MN: Tensor, dense_MNL: Tensor, critic: str = "exact", lambda_: float = 1.0, seed: int = 0
+    space: Completions,
+    p_MN: Tensor,
+    dense_MNL: Tensor,
+    critic: str | Tensor = "exact",
+    lambda_: float = 1.0,
+    seed: int = 0,
 ) -> Tensor:
     """GAE with gamma = 1: A_t = sum_k lambda^k (r_{t+k} + V_{t+k+1} - V_{t+k}), V = 0 after the last action."""
     value_MNL = critic_values(space, p_MN, dense_MNL, critic, seed)
@@ -76,12 +84,12 @@ def ascend(
     space: Completions,
     theta_MPV: Tensor,
     dense_MNL: Tensor,
-    critic: str = "exact",
+    critic: str | Tensor = "exact",
     lambda_: float = 1.0,
     seed: int = 0,
     steps: int = STEPS,
 ) -> Tensor:
-    """pi after ``steps`` natural gradient steps of length 1, (M, P, V); the critic follows the policy.
+    """pi after ``steps`` natural gradient steps of length 1, (M, P, V); a critic by name follows the policy.
 
     theta[s,a] += g[s,a] / (P(s)·pi(a|s)), the expected advantage of the choice: for a softmax table the gradient in
     the Fisher metric. It differs from g by positive factors only, so it rests where g rests, but it is not held up

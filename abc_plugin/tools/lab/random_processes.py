@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -21,6 +22,7 @@ GRID = 2.0**-16  # rewards and scores lie on it: the shipped fp32 functions add 
 KINDS = {
     "attention": ("random", "aligned"),
     "gradient": ("random", "aligned"),
+    "contribution": ("random", "aligned", "exact"),
     "prefix": ("random", "ideal"),
     "policy": ("random",),
     "policy_last": ("random",),
@@ -52,7 +54,8 @@ def draw(space: Completions, models: int, seed: int, *, rewards: str = "table", 
     theta: normal with standard deviation 0.5.
     attention: random: softmax of normal logits per completion; aligned: |leave-one-out|.
     policy, policy_last: random: softmax of normal logits, 0 on the last token, which no step of the policy sees.
-    gradient: random: normal; aligned: leave-one-out, signed.
+    gradient, contribution: random: normal, contribution divided by sqrt(L); aligned: leave-one-out, signed.
+    contribution: exact: ``shapley``.
     prefix: random: normal plus ``offset`` per prefix; ideal: E[r_C | prefix] under the policy theta; both with the
     empty prefix, the prompt's own score, in front, and r_C at the last action.
     """
@@ -76,6 +79,9 @@ def draw(space: Completions, models: int, seed: int, *, rewards: str = "table", 
     last_NL = last_action(space.mask_NL).bool()
     evidence = {("attention", "random"): normal(*shape_MNL).softmax(2), ("attention", "aligned"): effect_MNL.abs()}
     evidence |= {("gradient", "random"): normal(*shape_MNL), ("gradient", "aligned"): effect_MNL}
+    evidence["contribution", "random"] = evidence["gradient", "random"] / space.L**0.5
+    evidence["contribution", "aligned"] = effect_MNL
+    evidence["contribution", "exact"] = shapley(space, reward_MN)
     for name in ("policy", "policy_last"):
         evidence[name, "random"] = normal(*shape_MNL)[:, space.before_last_N].softmax(2) * ~last_NL
     levels = [space.spread(normal(models, space.V**t) + offset) for t in (*range(1, space.L + 1), 0)]
@@ -87,17 +93,47 @@ def draw(space: Completions, models: int, seed: int, *, rewards: str = "table", 
     return Tables(reward_MN, theta_MPV, evidence)
 
 
+def prefix_critic(space: Completions, tables: Tables, kind: str = "ideal") -> Tensor:
+    """V(s_t) = phi(t), the reward model's score of the first t tokens, (M, N, L): the host's critic in its first step.
+
+    It is a copy of the reward model, head included, unless the run names another model for it.
+    """
+    return tables.evidence_MNL["prefix", kind][..., : space.L] * space.mask_NL
+
+
 def _on_grid(x: Tensor) -> Tensor:
     return (x / GRID).round() * GRID
 
 
+def effect(space: Completions, x_MN: Tensor, t: int) -> Tensor:
+    """x minus its mean over all tokens at position t, the others kept; (M, N)."""
+    split = x_MN.unflatten(1, (space.V**t, space.V, -1))
+    return (split - split.mean(2, keepdim=True)).flatten(1)
+
+
 def leave_one_out(space: Completions, reward_MN: Tensor) -> Tensor:
-    """r_C minus its mean over all tokens at that position, the others kept; (M, N, L): what attention should know."""
-    effects = []
-    for t in range(space.L):
-        split = reward_MN.unflatten(1, (space.V**t, space.V, -1))
-        effects.append((split - split.mean(2, keepdim=True)).flatten(1))
-    return torch.stack(effects, dim=2)
+    """The effect of each position on r_C, (M, N, L): what attention should know.
+
+    Its sum is r_C - mean r_C where rewards are sums over tokens; up to L times that where all tokens interact.
+    """
+    return torch.stack([effect(space, reward_MN, t) for t in range(space.L)], dim=2)
+
+
+def shapley(space: Completions, reward_MN: Tensor) -> Tensor:
+    """Shapley values of the positions, tokens left out being uniform, (M, N, L); their sum is r_C - mean r_C.
+
+        value_t = integral over q from 0 to 1 of the mean effect of t where each other token stays with probability q
+
+    (Owen 1972). A polynomial in q of degree L - 1, so that ceil(L / 2) points of Gauss and Legendre are exact.
+    """
+    value_MNL = torch.zeros(*reward_MN.shape, space.L, dtype=reward_MN.dtype)
+    for point, weight in zip(*np.polynomial.legendre.leggauss((space.L + 1) // 2), strict=True):
+        for t in range(space.L):
+            x_MN = effect(space, reward_MN, t)
+            for other in set(range(space.L)) - {t}:
+                x_MN = x_MN - (1 - point) / 2 * effect(space, x_MN, other)
+            value_MNL[..., t] += weight / 2 * x_MN
+    return value_MNL
 
 
 def shaped(space: Completions, tables: Tables, method: Method, kind: str, beta: float) -> Tensor:

@@ -22,6 +22,7 @@ from abc_plugin.host import model_files
 from abc_plugin.host.model_files import reward_models
 from abc_plugin.text.check import load_tokenizer
 from abc_plugin.text.compare import ModelTokenizer, compare
+from abc_plugin.text.remote_credit import SPANS
 
 READ = 1000  # prompts that both tokenizers read before training
 SCORERS = ("layer", "heads", "recovery", "tokenizer_check", "reward_text")  # settings that only who scores can heed
@@ -62,10 +63,10 @@ def check_method(args: Namespace, shaping: ShapingConfig, *, remote: str | None 
             "--shaping.segment turn needs an agent's turns: without --train.agent_func_path a response is one turn, "
             "and its pooled credit the sparse reward; use sentence"
         )
-    if remote and method.needs & {"prefix", *GRADIENTS}:
+    if remote and method.needs - SPANS.keys() - methods.POLICY:
         raise UserError(
-            f"{name} needs the reward model here, and {remote} sends scores and attention only; use abc, or "
-            "--reward.model_name_or_path"
+            f"{name} needs the reward model here, and {remote} sends scores and {' or '.join(SPANS)} only; use abc or "
+            "abc_signed, or --reward.model_name_or_path"
         )
     if "prefix" in method.needs and shaping.tokenizer_check == "map":
         raise UserError(
@@ -73,7 +74,7 @@ def check_method(args: Namespace, shaping: ShapingConfig, *, remote: str | None 
             "reward model's tokens end elsewhere; use abc or grad_input, or a reward model with the policy's tokenizer"
         )
     for path, refused, why, needs in NO_GRADIENT:
-        if method.needs & needs and refused(attrgetter(path)(args)):
+        if method.needs & needs and not remote and refused(attrgetter(path)(args)):
             raise UserError(
                 f"{name} needs gradients of the reward model, and --{path} {attrgetter(path)(args)} stands in "
                 f"the way: {why}; leave it out, or use --reward_shaping prefix or abc"
@@ -264,10 +265,10 @@ def _remote(source: str, shaping: ShapingConfig) -> None:
                 f"{field.metadata['flag']} {given} means nothing with {source}: it is the business of whoever scores "
                 "(abc-rlhf serve-rm takes --shaping.layer, --shaping.heads and --shaping.recovery)"
             )
-    if shaping.dense and "attention" in methods.load(shaping.method).needs:
+    for need in sorted(methods.load(shaping.method).needs & SPANS.keys()) if shaping.dense else ():
         print(
-            f"abc_plugin: {source} is set: --reward_shaping {shaping.method} needs credit_spans in every reply "
-            "(abc-rlhf serve-rm sends them); a reply without ends the run"
+            f"abc_plugin: {source} is set: --reward_shaping {shaping.method} needs {SPANS[need]} in every reply "
+            f"(abc-rlhf serve-rm --reward_shaping {shaping.method} sends them); a reply without ends the run"
         )
 
 

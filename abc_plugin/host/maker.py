@@ -19,7 +19,7 @@ from abc_plugin.credit.redistribute import last_action
 from abc_plugin.credit.shaping import Shaped, dropped, shape
 from abc_plugin.errors import CreditError
 from abc_plugin.host.worker import EvidenceBatch
-from abc_plugin.text.remote_credit import CREDIT, attention_row
+from abc_plugin.text.remote_credit import SPANS, token_row
 from abc_plugin.text.segments import segment_ends
 
 GROUP_NORM, EPSILON = "group_norm", 1e-9  # the estimator that divides by the group's deviation, and what it adds to it
@@ -54,7 +54,7 @@ class CreditExperienceMaker(RemoteExperienceMaker):
         self._received: list[list[EvidenceBatch]] = []  # by group of workers, in the order of the experiences
         self._waiting: list[tuple[Experience, Tensor]] = []  # whose return is still to come, with their scores
         self._parts: list[RewardParts] = []
-        self._spans: dict[int, Tensor] = {}  # credit that came with remote rewards, by sample
+        self._spans: dict[str, dict[int, Tensor]] = {}  # credit that came with remote rewards, by need and sample
 
     @property
     def text_tokenizer(self) -> Any:
@@ -69,7 +69,10 @@ class CreditExperienceMaker(RemoteExperienceMaker):
         """
         _check_rewards(rollout_samples, from_rollout=self.reward_model_group is None)
         # What stays in info is logged as a number.
-        self._spans = {i: one.info.pop(CREDIT) for i, one in enumerate(rollout_samples) if CREDIT in one.info}
+        self._spans = {
+            need: {i: one.info.pop(key) for i, one in enumerate(rollout_samples) if key in one.info}
+            for need, key in SPANS.items()
+        }
         experiences = super().make_experience_batch(rollout_samples)
         if self.shaping.dense:
             if not all("credit_entropy" in experience.info for experience in experiences):
@@ -119,32 +122,32 @@ class CreditExperienceMaker(RemoteExperienceMaker):
                 experience.info |= batch.info
             if self.shaping.dense:
                 experience.evidence = _by_member([batch.evidence for batch in batches])
-                if "attention" in self.method.needs and not any("attention" in one for one in experience.evidence):
-                    remote = {"attention": self._remote_rows(experience)}
-                    experience.evidence = [one | remote for one in experience.evidence]
+                for need in sorted(self.method.needs & SPANS.keys()):
+                    if not any(need in one for one in experience.evidence):
+                        remote = {need: self._remote_rows(experience, need)}
+                        experience.evidence = [one | remote for one in experience.evidence]
         return experiences
 
-    def _remote_rows(self, experience: Experience) -> Tensor:
-        """Weights (B, S) from the spans that came with the rewards; counts what had to be moved."""
-        row_BS = torch.zeros(experience.sequences.shape)
+    def _remote_rows(self, experience: Experience, need: str) -> Tensor:
+        """Values (B, S) from the spans that came with the rewards; counts what had to be moved."""
+        row_BS, spans_of = torch.zeros(experience.sequences.shape), self._spans.get(need, {})
         moved = []
         for row, index in enumerate(experience.index):
-            if index not in self._spans:
+            if index not in spans_of:
                 raise CreditError(
                     f"--reward_shaping {self.shaping.method}: the reward of sample {index} came without credit. Its "
-                    "attention is known where --reward.model_name_or_path scores, or a server started by abc-rlhf "
-                    f'serve-rm, or a reward function that returns extra_logs["{CREDIT}"]; a rule has none: use '
-                    "--reward_shaping uniform, abc_d or none"
+                    f"{need} is known where --reward.model_name_or_path scores, or a server started by abc-rlhf "
+                    f"serve-rm --reward_shaping {self.shaping.method}, or a reward function that returns extra_logs"
+                    f'["{SPANS[need]}"]; a rule has none: use --reward_shaping uniform, abc_d or none'
                 )
             real = experience.attention_mask[row].bool()
-            row_BS[row, real], share = attention_row(
-                self._spans[index], experience.sequences[row, real], self.text_tokenizer, f"sample {index}"
-            )
+            sequence_S, where = experience.sequences[row, real], f"sample {index}"
+            row_BS[row, real], share = token_row(need, spans_of[index], sequence_S, self.text_tokenizer, where)
             acts = experience.action_mask[row].bool()
-            if acts.any() and not row_BS[row, 1:][acts].sum() > 0:
+            if acts.any() and not row_BS[row, 1:][acts].any():
                 raise CreditError(
-                    f"sample {index}: all weight of its credit_spans lies on the prompt; they count characters of the "
-                    "whole query, prompt and response"
+                    f"sample {index}: all weight of its {SPANS[need]} lies on the prompt; they count characters of "
+                    "the whole query, prompt and response"
                 )
             moved.append(share)
         experience.info["credit_moved"] = torch.tensor(moved)
@@ -319,7 +322,7 @@ def _check_rewards(samples: Sequence[Experience], *, from_rollout: bool) -> None
             raise CreditError(
                 f"{where} has a list of {sample.rewards.numel()} rewards: the host takes one scalar reward per "
                 "response and would keep a single element of a list. Return their sum under "
-                f'"rewards" and the tokens\' shares under extra_logs["{CREDIT}"] (see README)'
+                f'"rewards" and the tokens\' shares under extra_logs["{SPANS["attention"]}"] (see README)'
             )
         elif not torch.isfinite(sample.rewards).all():
             raise CreditError(f"{where} has the reward {sample.rewards.item()}: nothing was trained on it")

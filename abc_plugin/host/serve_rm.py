@@ -8,7 +8,8 @@ and answers, beside the host's reply, with the attention of the token each score
 
     {"rewards": [r, ...], "scores": [r, ...], "extra_logs": {"credit_spans": [[[start, end, weight], ...], ...]}}
 
-one list of spans per query; characters start to end of the query carry that weight. GET /health names the model.
+one list of spans per query; characters start to end of the query carry that weight. With --reward_shaping abc_signed
+also "contribution_spans", what those characters add to the score: signed, in its units. GET /health names the model.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ import torch
 from torch import Tensor
 
 from abc_plugin.config import ShapingConfig, add_flags, split_flags
+from abc_plugin.credit.methods import load
 from abc_plugin.errors import UserError
 from abc_plugin.host.imports import import_host
 from abc_plugin.text.mapping import piece_spans
+from abc_plugin.text.remote_credit import SPANS
 
 CLI = "openrlhf.cli.serve_rm"
-HEEDED = ("layer", "heads", "recovery")
+HEEDED = ("method", "layer", "heads", "recovery")
 
 
 class CreditServer:
@@ -40,25 +43,32 @@ class CreditServer:
 
         self.proxy = proxy
         options = {"layer": shaping.layer, "recovery": shaping.recovery, "heads": shaping.head_list}
-        self.attention = attach_readers(proxy.reward_model, {"attention"}, **options)["attention"]
+        self.readers = attach_readers(proxy.reward_model, {"attention", *load(shaping.method).needs}, **options)
+
+    def describe(self) -> str:
+        """What is sent, and from which layer."""
+        return "; ".join(reader.describe() for reader in self.readers.values())
 
     @torch.no_grad()
     def reply(self, queries: list[str]) -> dict[str, Any]:
         """Scores and credit spans of whole texts, in order. Raises ValueError naming a query without a score."""
         rewards: list[float] = []
-        spans: list[list] = []
+        spans: dict[str, list[list]] = {SPANS[need]: [] for need in self.readers}
         size = self.proxy.batch_size or len(queries)
         for start in range(0, len(queries), size):
             batch = queries[start : start + size]
             reward_B, batch_spans = self._score(batch)
             rewards += reward_B.float().tolist()
-            spans += batch_spans
+            for key, each in batch_spans.items():
+                spans[key] += each
         for index, reward in enumerate(rewards):
             if not torch.isfinite(torch.tensor(reward)):
                 raise ValueError(f"the reward of query {index} is {reward}: {queries[index][:60]!r}")
-        return {"rewards": rewards, "scores": rewards, "extra_logs": {"credit_spans": spans}}
+        return {"rewards": rewards, "scores": rewards, "extra_logs": spans}
 
-    def _score(self, texts: list[str]) -> tuple[Tensor, list[list]]:
+    def _score(self, texts: list[str]) -> tuple[Tensor, dict[str, list[list]]]:
+        from abc_plugin.attention.readers import record, rows
+
         # The host's tokenize_fn with the characters that each token covers.
         tokens = self.proxy.tokenizer(
             texts,
@@ -71,7 +81,7 @@ class CreditServer:
         )
         device = self.proxy.reward_model.device
         mask_BS = tokens["attention_mask"].to(device)
-        with self.attention.record(mask_BS) as recording:
+        with record(self.readers, mask_BS) as recordings:
             reward_B = self.proxy.reward_model(tokens["input_ids"].to(device), mask_BS)
         offsets_BS2 = tokens["offset_mapping"]
         ends = offsets_BS2[..., 1].amax(1).tolist()
@@ -83,14 +93,15 @@ class CreditServer:
                 file=sys.stderr,
                 flush=True,
             )
-        credit = []
+        rows_BS = rows(recordings)
+        credit: dict[str, list[list]] = {SPANS[need]: [] for need in rows_BS}
         for b, (text, end) in enumerate(zip(texts, ends, strict=True)):
             real_S = tokens["attention_mask"][b].bool()
-            ids, weight = tokens["input_ids"][b][real_S].tolist(), recording.row_BS[b].cpu()[real_S]
-            spans = piece_spans(self.proxy.tokenizer, text[:end], ids, offsets_BS2[b][real_S].tolist())
-            credit.append(
-                [[*span, share] for span, share in zip(spans.tolist(), weight.tolist(), strict=True) if share]
-            )
+            ids = tokens["input_ids"][b][real_S].tolist()
+            spans = piece_spans(self.proxy.tokenizer, text[:end], ids, offsets_BS2[b][real_S].tolist()).tolist()
+            for need, row_BS in rows_BS.items():
+                values = row_BS[b][real_S].tolist()
+                credit[SPANS[need]].append([[*span, x] for span, x in zip(spans, values, strict=True) if x])
         return reward_B, credit
 
 
@@ -100,7 +111,13 @@ def main(argv: list[str]) -> int:
     if shaping != replace(ShapingConfig(), **{name: getattr(shaping, name) for name in HEEDED}):
         raise UserError(
             "abc-rlhf serve-rm always sends the attention that --reward_shaping abc needs; of the plugin's flags it "
-            "takes --shaping.layer, --shaping.heads and --shaping.recovery, the others belong to the training"
+            "takes --reward_shaping, --shaping.layer, --shaping.heads and --shaping.recovery, the others belong to "
+            "the training"
+        )
+    if unknown := load(shaping.method).needs - SPANS.keys():
+        raise UserError(
+            f"abc-rlhf serve-rm sends {' and '.join(SPANS)}; --reward_shaping {shaping.method} needs {min(unknown)}: "
+            "use abc or abc_signed, or leave it out"
         )
     if {"-h", "--help"} & set(argv):
         _print_help()
@@ -118,7 +135,7 @@ def main(argv: list[str]) -> int:
         raise UserError("a slow tokenizer gives no character offsets; leave --data.disable_fast_tokenizer out")
     server = CreditServer(proxy, shaping)
     url = f"http://{args.host}:{args.port}/get_reward"
-    print(f"abc_plugin: {server.attention.describe()}; serving on {url}", flush=True)
+    print(f"abc_plugin: {server.describe()}; serving on {url}", flush=True)
     importlib.import_module("uvicorn").run(_app(server), host=args.host, port=args.port, log_level="warning")
     return 0
 
@@ -154,7 +171,7 @@ def _app(server: CreditServer) -> Any:
 
     @app.get("/health")
     def health() -> dict:
-        return {"model": type(server.proxy.reward_model).__name__, "credit": server.attention.describe()}
+        return {"model": type(server.proxy.reward_model).__name__, "credit": server.describe()}
 
     return app
 

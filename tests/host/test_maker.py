@@ -290,5 +290,8 @@ def test_credit_is_split_from_the_reward_and_a_reward_without_it_stops_the_run(m
     with pytest.raises(CreditError, match="1 batches of evidence for 2 experiences"):
         maker.make_experience(batch())
     results = []
-    with pytest.raises(CreditError, match="reward of sample 0 came without credit.*serve-rm.*uniform, abc_d or none"):
+    with pytest.raises(
+        CreditError,
+        match="reward of sample 0 came without credit.*serve-rm --reward_shaping abc, .*uniform, abc_d or none",
+    ):
         maker.make_experience(batch())

@@ -80,6 +80,22 @@ def test_spans_become_credit_on_the_tokens_of_their_words(tokenizer, monkeypatch
     assert "credit_spans" not in experience.info
 
 
+def test_contributions_become_credit_as_they_are_and_the_rest_stays_last(tokenizer, monkeypatch):
+    """Signed, in the reward's units: not renormalised; what lies on the prompt is dropped."""
+    sent = [[0, len(PROMPT), 9.0], *spans(1.5, -0.25, 7.0)]
+    samples = [rollout(tokenizer, 2.0, contribution_spans=sent, credit_spans=spans(1.0, 1.0, 1.0)) for _ in range(8)]
+    made = maker(tokenizer, monkeypatch, ShapingConfig("abc_signed", 1.0))
+    [experience, *_] = made.make_experience_batch(samples)
+    actions = experience.action_mask[0].bool()
+    paid = experience.returns[0, actions].diff(append=torch.zeros(1)).neg()
+    text = "".join(tokenizer.decode(token) for token in experience.sequences[0, 1:][actions][:-1])
+    assert paid.sum().item() == pytest.approx(2.0)
+    assert paid[:-1].clamp(max=0).sum().item() == pytest.approx(-0.25)
+    assert paid[:-1].clamp(min=0).sum().item() == pytest.approx(1.5 if " good" not in text else 8.5)
+    assert not {"contribution_spans", "credit_spans"} & experience.info.keys()
+    assert (experience.info["credit_negative_share"] > 0).all()
+
+
 @pytest.mark.parametrize("form", [lambda s: s, lambda s: [s]], ids=["function", "http"])
 def test_both_forms_in_which_the_host_hands_spans_over(tokenizer, monkeypatch, form):
     """A function's value arrives as it is, a server's inside a list of one query."""
@@ -91,12 +107,15 @@ def test_both_forms_in_which_the_host_hands_spans_over(tokenizer, monkeypatch, f
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([1.0, 2.0], r"sample 3: credit_spans has shape \(1, 2\), expected \[\[start, end, weight\]"),
-        ([[0, 3, -1.0]], "sample 3: credit_spans has NaN, infinite or negative"),
-        ([[0, 3, float("nan")]], "sample 3: credit_spans has NaN, infinite or negative"),
+        ([1.0, 2.0], r"sample 3: credit_spans has shape \(1, 2\), expected \[\[start, end, value\]"),
+        (
+            [[0, 3, -1.0]],
+            "sample 3: credit_spans has negative entries; signed credit belongs under contribution_spans",
+        ),
+        ([[0, 3, float("nan")]], "sample 3: credit_spans has NaN or infinite"),
         ([[0, 999, 1.0]], r"sample 3: credit_spans reaches from 0 to 999, but the query has \d+ characters"),
         ([[5, 3, 1.0]], "sample 3: credit_spans has a span that ends before it starts"),
-        ([], r"sample 3: credit_spans is empty; send \[\[start, end, weight\], ...\]"),
+        ([], r"sample 3: credit_spans is empty; send \[\[start, end, value\], ...\]"),
         ([[0, 8, 1.0]], "sample 3: all weight of its credit_spans lies on the prompt"),
         ([[13, 20, 0.0]], "sample 3: all weight of its credit_spans lies on the prompt"),
     ],
@@ -106,6 +125,23 @@ def test_credit_that_does_not_fit_the_text_ends_the_run(tokenizer, monkeypatch, 
     samples[3] = rollout(tokenizer, credit_spans=value)
     with pytest.raises(CreditError, match=message):
         maker(tokenizer, monkeypatch).make_experience_batch(samples)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "its contribution is known where.*serve-rm --reward_shaping abc_signed, or.*contribution_spans"),
+        ([[0, 3, float("inf")]], "sample 3: contribution_spans has NaN or infinite"),
+        ([[0, 8, -1.0]], "sample 3: all weight of its contribution_spans lies on the prompt"),
+    ],
+)
+def test_contributions_that_are_missing_or_do_not_fit_end_the_run(tokenizer, monkeypatch, value, message):
+    samples = [rollout(tokenizer, contribution_spans=spans(1.0, -1.0, 1.0)) for _ in range(8)]
+    samples[3] = rollout(
+        tokenizer, credit_spans=spans(1.0, 1.0, 1.0), **{"contribution_spans": value} if value else {}
+    )
+    with pytest.raises(CreditError, match=f"(?i){message}"):
+        maker(tokenizer, monkeypatch, ShapingConfig("abc_signed")).make_experience_batch(samples)
 
 
 def test_a_reward_without_credit_ends_the_run_but_uniform_needs_none(tokenizer, monkeypatch):
@@ -150,7 +186,9 @@ def test_the_first_batch_says_that_credit_arrived_and_the_next_does_not(tokenize
 def test_row_of_a_hand_computed_case(tokenizer):
     text = "ab cd"
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    row_S, moved = remote_credit.attention_row(torch.tensor([[0, 2, 1.0], [2, 5, 3.0]]), ids, tokenizer, "sample 0")
+    row_S, moved = remote_credit.token_row(
+        "attention", torch.tensor([[0, 2, 1.0], [2, 5, 3.0]]), ids, tokenizer, "sample 0"
+    )
     of = dict(zip(tokenizer.convert_ids_to_tokens(ids.tolist()), row_S.tolist(), strict=True))
     assert sum(of.values()) == pytest.approx(4.0) and moved == 0.0
     assert sum(weight for token, weight in of.items() if not token.startswith("Ġ")) == pytest.approx(1.0)

@@ -28,7 +28,7 @@ def loaded(tiny):
 def server(loaded):
     made = serve_rm.CreditServer(loaded[0], ShapingConfig())
     yield made
-    made.attention.close()
+    made.readers["attention"].close()
 
 
 def test_scores_are_the_hosts_and_credit_lies_on_the_query(server):
@@ -37,6 +37,27 @@ def test_scores_are_the_hosts_and_credit_lies_on_the_query(server):
     for query, spans in zip(QUERIES, reply["extra_logs"]["credit_spans"], strict=True):
         assert sum(weight for *_, weight in spans) == pytest.approx(1.0, abs=1e-5)
         assert all(0 <= start < end <= len(query) and weight > 0 for start, end, weight in spans)
+
+
+def test_signed_contributions_are_those_of_the_reader(loaded):
+    server = serve_rm.CreditServer(loaded[0], ShapingConfig("abc_signed"))
+    reply = server.reply(QUERIES)
+    assert reply["rewards"] == server.proxy.get_reward(QUERIES)
+    assert reply["extra_logs"].keys() == {"credit_spans", "contribution_spans"}
+    assert "contribution to the score by" in server.describe()
+    [first, *_], values = reply["extra_logs"]["contribution_spans"], []
+    for query, spans in zip(QUERIES, reply["extra_logs"]["contribution_spans"], strict=True):
+        assert all(0 <= start < end <= len(query) for start, end, _ in spans)
+        values += [value for *_, value in spans]
+    assert min(values) < 0 < max(values)
+    ids = server.proxy.tokenizer(QUERIES[0], return_tensors="pt", add_special_tokens=False)["input_ids"]
+    reader = server.readers["contribution"]
+    with torch.no_grad(), reader.record(torch.ones_like(ids)) as recording:
+        server.proxy.reward_model(ids, torch.ones_like(ids))
+    expected = recording.row_BS[0].float().tolist()
+    assert [value for *_, value in first] == pytest.approx(expected, rel=0.05, abs=0.01)  # bf16, other padding
+    for one in server.readers.values():
+        one.close()
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -56,7 +77,7 @@ def test_a_query_that_is_cut_is_reported(server, monkeypatch, capsys):
 
 
 def test_a_score_that_is_no_number_names_its_query(server, monkeypatch, capsys):
-    monkeypatch.setattr(server, "_score", lambda texts: (torch.tensor([1.0, float("nan"), 2.0]), [[], [], []]))
+    monkeypatch.setattr(server, "_score", lambda texts: (torch.tensor([1.0, float("nan"), 2.0]), {}))
     with pytest.raises(ValueError, match="the reward of query 1 is nan: 'Naïve"):
         server.reply(QUERIES)
     fastapi = pytest.importorskip("fastapi")
@@ -85,3 +106,5 @@ def test_bad_input_is_one_line(capsys):
     assert output[-1].startswith("abc-rlhf: error: the reward model cannot be loaded: ")
     with pytest.raises(UserError, match="--shaping.layer 'x'"):
         serve_rm.main(["--shaping.layer", "x"])
+    with pytest.raises(UserError, match="sends attention and contribution; --reward_shaping prefix needs prefix"):
+        serve_rm.main(["--reward_shaping", "prefix"])

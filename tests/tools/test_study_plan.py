@@ -374,7 +374,9 @@ def test_the_script_prepares_what_the_plan_needs(tmp_path, words, smoke, called)
         '*) echo "${DEMO:-}${LEXICON:+ $LEXICON}${SMALL:+ $SMALL} $*";; esac\n'
     )
     stand_in.chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if name not in ("DEMO", "SMOKE", "SMALL", "OTHER", "LEXICON")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("DEMO", "SMOKE", "SMALL", "OTHER", "LEXICON")
+    }
     environment |= {"VIRTUAL_ENV": str(tmp_path), "SMOKE": smoke}
     done = subprocess.run(
         ["bash", "launch/study/study.sh", *words],

@@ -4,26 +4,29 @@ import csv
 import json
 
 import numpy as np
+import pandas as pd
 
 from abc_plugin.tools.study.table import Condition, Table
 
-COLUMNS = ("method", "beta", "seed", "step", "reward", "kl", "value_loss")
 
-
-def condition(method="none", reward=None, kl=None, beta=None, **settings):
+def condition(method="none", reward=None, kl=None, credit="", group=""):
     """A condition in memory; reward and kl are (N, T)."""
-    curves = {"reward": np.asarray(reward, dtype=float)}
-    if kl is not None:
-        curves["kl"] = np.asarray(kl, dtype=float)
-    seeds, steps = curves["reward"].shape
-    named = {"method": method, "beta": beta, **settings}
-    return Condition(named, tuple(range(1, seeds + 1)), tuple(range(1, steps + 1)), curves)
+    curves = {
+        name: np.asarray(values, dtype=float)
+        for name, values in {"reward": reward, "kl": kl}.items()
+        if values is not None
+    }
+    seeds, steps = (range(1, size + 1) for size in curves["reward"].shape)
+    return Condition(method, credit, group, {name: pd.DataFrame(each, seeds, steps) for name, each in curves.items()})
+
+
+def table(*conditions):
+    return Table(list(conditions), "", "", [])
 
 
 def pair(reward, base, kl=None, base_kl=None):
     """A table of abc and its baseline."""
-    ours, theirs = condition("abc", reward, kl, beta=0.8), condition("none", base, base_kl)
-    return Table([theirs, ours], ["method", "beta"], [])
+    return table(condition("none", base, base_kl), condition("abc", reward, kl, " β 0.8"))
 
 
 def rows(methods=(("none", ""), ("abc", 0.8)), seeds=(1, 2, 3), steps=12, seed=0, **settings):

@@ -58,11 +58,11 @@ def _report_parser() -> argparse.ArgumentParser:
 
 
 def _report(args: argparse.Namespace) -> int:
-    """Write the report's files; print the main table, the verdicts and one line with the paths."""
+    """Write the report's files; print the main table, what limits it, and one line with the paths."""
     from rich.console import Console
     from rich.table import Table
 
-    from abc_plugin.tools.study import document, verdict
+    from abc_plugin.tools.study import document
     from abc_plugin.tools.study.comparisons import analyse
     from abc_plugin.tools.study.table import locate, read
 
@@ -72,15 +72,14 @@ def _report(args: argparse.Namespace) -> int:
     analysis = analyse(read(path))
     contents = document.files(analysis, path.name, shlex.join(["abc-rlhf", "study", "report", args.source]))
     document.write(out, contents)
-    console, shown, means = Console(markup=False, highlight=False), Table(box=None), document.means(analysis)
-    for name in means:
-        # In a narrow terminal headings and labels may break over lines, numbers may not.
-        shown.add_column(name, justify="left" if name == "condition" else "right", no_wrap=False)
-    for row in means.itertuples(index=False, name=None):
-        shown.add_row(*row)
-    console.print(shown)
-    warnings = [f"Mind: {warning}" for warning in analysis.warnings]
-    for line in [*warnings, *verdict.sentences(analysis), *verdict.claim_lines(analysis)]:
-        console.print(line, soft_wrap=True)
-    print(f"abc-rlhf study report: {verdict.headline(analysis)} {' '.join(str(out / name) for name in contents)}")
+    console, tables = Console(markup=False, highlight=False), document.tables(analysis)
+    if "overview" in tables:
+        shown = Table(*tables["overview"].columns, box=None)
+        for row in tables["overview"].itertuples(index=False, name=None):
+            shown.add_row(*row)
+        console.print(shown)
+    for warning in analysis.warnings:
+        console.print(f"Mind: {warning}", soft_wrap=True)
+    paths = " ".join(str(out / name) for name in contents)
+    console.print(f"abc-rlhf study report: {analysis.headline()} {paths}", soft_wrap=True)
     return 0

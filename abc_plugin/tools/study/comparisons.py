@@ -1,53 +1,77 @@
-"""A table's numbers: a Summary per condition, a Comparison per pair of conditions."""
+"""A study's numbers: every condition against its group's baseline, and methods of attention against uniform."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field
 
 import numpy as np
+import pandas as pd
 
-from abc_plugin.tools.study.inference import Mean, Paired, Ratio, deviation_ratio, holm, mean, paired
-from abc_plugin.tools.study.learning_curves import LAST, AtEqualKL, Steps, at_equal_kl, steps_to_rise
-from abc_plugin.tools.study.table import BASELINE, Condition, Table
+from abc_plugin.tools.study.inference import Effect, deviation_ratio, holm, paired
+from abc_plugin.tools.study.learning_curves import LAST, SHARE, Steps, at_equal_kl, change, rises, steps_to_rise
+from abc_plugin.tools.study.table import BASELINE, METRICS, Condition, Table
 
-EQUAL_KL = "reward_at_equal_kl"
-# One number per run, and its name in texts
+# What is compared, and its name in texts; all but the last are differences.
 MEASURES = {
     "reward": "reward over training",
     "reward_last": f"reward of the last {LAST} steps",
+    "equal_kl": "reward at equal KL",
     "kl": "KL over training",
     "kl_last": f"KL of the last {LAST} steps",
-    "value_loss": "value loss over training",
-    "value_loss_last": f"value loss of the last {LAST} steps",
+    "spread": "ratio of standard deviations over seeds",
 }
-WORDS = MEASURES | {EQUAL_KL: "reward at equal KL"}
-COMPARED = ("reward", "reward_last", EQUAL_KL, "kl", "kl_last")
-SPREAD = ("reward", "reward_last")
+ATTENTION = "abc"  # with it the names of the methods begin that the paper's claims are about: abc, abc_d, abc_signed …
+YES, NO, OPPOSITE, OPEN = "seen", "not seen", "the opposite seen", "undecided"
+# The paper's claims: measure, and the way that it must differ.
+CLAIMS = {
+    "higher reward over training (Table 1)": ("reward", 1),
+    f"at most half the steps to {100 * SHARE:.0f} % of the baseline's rise (section 5.3)": ("steps", -1),
+    "less variance across seeds (section 5.3)": ("spread", -1),
+    "lower KL over training (section 5.5)": ("kl", -1),
+    "higher reward at equal KL (section 5.5)": ("equal_kl", 1),
+}
 
 
-@dataclass(frozen=True)
-class Summary:
-    """A condition by itself; measures it lacks are absent."""
-
-    condition: Condition
-    means: dict[str, Mean]
-
-
-@dataclass(frozen=True)
+@dataclass
 class Comparison:
-    """A condition against another on the seeds that both have."""
+    """A condition against another on the seeds that both have; measures that were not logged are absent."""
 
     condition: Condition
     other: Condition
-    seeds: tuple[int, ...]
-    paired: dict[str, Paired]
-    spread: dict[str, Ratio]
-    steps: Steps | None  # None: the other does not rise, or is no baseline
-    equal_kl: tuple[float, float] | None  # from and to, nats per token, means over pairs
+    seeds: list[int]
+    tests: dict[str, Effect] = field(default_factory=dict)
+    steps: Steps | None = None  # None: no rise of the baseline is established, or the other is none
+    shared_kl: tuple[float, float] | None = None  # from and to, means over the pairs that share some
 
     @property
     def with_baseline(self) -> bool:
         return self.other.method == BASELINE
+
+    def claims(self) -> dict[str, tuple[str, str]]:
+        """An outcome per claim of CLAIMS, and the number behind it."""
+        return {claim: self._judge(measure, way) for claim, (measure, way) in CLAIMS.items()}
+
+    def _judge(self, measure: str, way: int) -> tuple[str, str]:
+        if measure == "steps":
+            return self._half_the_steps()
+        test = self.tests.get(measure)
+        if test is None and measure in ("kl", "equal_kl"):
+            return OPEN, "no KL in common" if "kl" in self.tests else "KL was not logged"
+        if test is None or test.p_holm is None:
+            return OPEN, "no test of so few seeds"
+        above = test.estimate.value > (measure == "spread")
+        return ((YES if above == (way > 0) else OPPOSITE) if test.significant else NO), str(test.estimate)
+
+    def _half_the_steps(self) -> tuple[str, str]:
+        if self.steps is None:
+            return OPEN, f"no rise of {self.other.method} is established"
+        ratio = self.steps.ratio
+        if rises(change(self.other.curves["reward"].to_numpy(), late=True)):
+            return OPEN, f"{ratio} of {self.other.method}'s, which still rises"
+        if ratio.low is None or ratio.low <= 0.5 < ratio.high:
+            return OPEN, str(ratio)
+        return (YES if ratio.high <= 0.5 else OPPOSITE if ratio.low > 1 else NO), str(ratio)
 
 
 @dataclass(frozen=True)
@@ -55,106 +79,94 @@ class Analysis:
     """All numbers of a report."""
 
     table: Table
-    summaries: list[Summary]
-    comparisons: list[Comparison]  # with their baselines first, then of abc with uniform
+    comparisons: list[Comparison]  # with their baselines first, then with uniform
     warnings: list[str]
 
-    def names(self, comparison: Comparison) -> tuple[str, str]:
-        """The labels of the two conditions; of the other without what they share."""
-        return self.table.label(comparison.condition), self.table.label(comparison.other, group=False)
+    def headline(self) -> str:
+        """How many comparisons with the baseline see what, in reward over training."""
+        tests = [each.tests["reward"] for each in self.comparisons if each.with_baseline and len(each.seeds) > 1]
+        if not tests:
+            return f"No comparison with {BASELINE} has two paired seeds, so nothing is tested."
+        ways = Counter("higher" if test.estimate.value > 0 else "lower" for test in tests if test.significant)
+        return (
+            f"Reward over training against {BASELINE}, of {len(tests)} comparison{'s' * (len(tests) > 1)}: higher in "
+            f"{ways['higher']}, lower in {ways['lower']}, no difference seen in {len(tests) - ways.total()}."
+        )
 
 
-def per_run(curves: dict[str, np.ndarray], measure: str) -> np.ndarray | None:
-    """(N,): the measure of each run; None where the metric was not logged."""
-    metric = measure.removesuffix("_last")
-    if metric not in curves:
-        return None
-    return (curves[metric] if metric == measure else curves[metric][:, -LAST:]).mean(1)
-
-
-def analyse(table: Table) -> Analysis:
-    """Every summary and comparison; p-values corrected by Holm's method, per measure over all comparisons."""
-    with_none = [(each, table.baseline(each)) for each in table.conditions if each.method != BASELINE]
-    with_uniform = [(each, table.uniform(each)) for each in table.conditions if each.method == "abc"]
-    comparisons = [_compare(each, other) for each, other in with_none + with_uniform if other is not None]
-    alone = [each for each, other in with_none if other is None]
-    analysis = Analysis(table, [_summary(condition) for condition in table.conditions], _corrected(comparisons), [])
-    return replace(analysis, warnings=[*table.warnings, *_warnings(analysis, alone)])
-
-
-def _summary(condition: Condition) -> Summary:
-    values = {name: per_run(condition.curves, name) for name in MEASURES}
-    means = {name: mean(runs) for name, runs in values.items() if runs is not None}
-    return Summary(condition, means)
-
-
-def _compare(condition: Condition, other: Condition) -> Comparison:
-    seeds = tuple(seed for seed in condition.seeds if seed in other.seeds)
-    if not seeds:
-        return Comparison(condition, other, (), {}, {}, None, None)
-    ours, theirs = condition.only(seeds), other.only(seeds)
-    values = {
-        name: (per_run(ours, name), per_run(theirs, name))
-        for name in MEASURES
-        if name.removesuffix("_last") in ours.keys() & theirs.keys()
-    }
-    tests = {name: paired(*values[name]) for name in COMPARED if name in values}
-    pairs = _at_equal_kl(ours, theirs)
-    if pairs:
-        tests[EQUAL_KL] = paired([pair.reward for pair in pairs], [pair.baseline for pair in pairs])
-    return Comparison(
-        condition,
-        other,
-        seeds,
-        paired={name: tests[name] for name in COMPARED if name in tests},
-        spread={name: ratio for name in SPREAD if (ratio := deviation_ratio(*values[name]))},
-        steps=steps_to_rise(ours["reward"], theirs["reward"], condition.steps) if other.method == BASELINE else None,
-        equal_kl=tuple(np.mean([(pair.low, pair.high) for pair in pairs], 0).tolist()) if pairs else None,
+def per_run(condition: Condition) -> pd.DataFrame:
+    """A row per seed: mean over all steps and over the last LAST of each metric that was logged."""
+    return pd.DataFrame(
+        {
+            name: curve.mean(axis=1)
+            for metric, whole in condition.curves.items()
+            for name, curve in {metric: whole, f"{metric}_last": whole.iloc[:, -LAST:]}.items()
+        }
     )
 
 
-def _at_equal_kl(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> list[AtEqualKL]:
-    if "kl" not in ours or "kl" not in theirs:
-        return []
-    runs = zip(ours["kl"], ours["reward"], theirs["kl"], theirs["reward"], strict=True)
-    return [pair for run in runs if (pair := at_equal_kl(*run))]
+def analyse(table: Table) -> Analysis:
+    """Every comparison; p-values corrected by Holm's method, per measure over all comparisons."""
+    others = [each for each in table.conditions if each.method != BASELINE]
+    pairs = [(each, table.partner(each, BASELINE)) for each in others]
+    alone = [each.name for each, baseline in pairs if baseline is None]
+    pairs += [(each, table.partner(each, "uniform")) for each in others if each.method.startswith(ATTENTION)]
+    comparisons = [_compare(each, other) for each, other in pairs if other is not None]
+    for measure in MEASURES:
+        tests = [each.tests[measure] for each in comparisons if measure in each.tests]
+        tests = [test for test in tests if test.p is not None]
+        for test, p in zip(tests, holm([test.p for test in tests]), strict=True):
+            test.p_holm = p
+    return Analysis(table, comparisons, [*table.warnings, *_warnings(table, comparisons, alone)])
 
 
-def _warnings(analysis: Analysis, alone: list[Condition]) -> list[str]:
-    """What is missing, or limits what the numbers can mean; each once."""
-    table, warnings = analysis.table, []
+def _compare(condition: Condition, other: Condition) -> Comparison:
+    ours, theirs = per_run(condition), per_run(other)
+    seeds = ours.index.intersection(theirs.index)
+    found = Comparison(condition, other, seeds.tolist())
+    if not found.seeds:
+        return found
+    ours, theirs = ours.loc[seeds], theirs.loc[seeds]
+    tests = {name: paired(ours[name], theirs[name]) for name in ours if name in theirs}
+    if spread := deviation_ratio(ours["reward"], theirs["reward"]):
+        tests["spread"] = spread
+    curves, base = (
+        {name: each.curves[name].loc[seeds].to_numpy() for name in METRICS if name in each.curves}
+        for each in (condition, other)
+    )
+    if "kl" in tests:
+        runs = zip(curves["kl"], curves["reward"], base["kl"], base["reward"], strict=True)
+        if pairs := [pair for run in runs if (pair := at_equal_kl(*run))]:
+            reward, base_reward, low, high = np.transpose(pairs)
+            tests["equal_kl"] = paired(reward, base_reward)
+            found.shared_kl = float(low.mean()), float(high.mean())
+    if found.with_baseline:
+        steps_T = condition.curves["reward"].columns.to_numpy(float)
+        found.steps = steps_to_rise(curves["reward"], base["reward"], steps_T)
+    found.tests = {name: tests[name] for name in MEASURES if name in tests}
+    return found
+
+
+def _warnings(table: Table, comparisons: list[Comparison], alone: list[str]) -> list[str]:
+    """What is missing, or limits what the numbers can mean."""
+    warnings = []
     if alone:
-        warnings.append(
-            f"Without a baseline (method {BASELINE} with the same other settings), so in the tables only: "
-            f"{'; '.join(map(table.label, alone))}."
-        )
-    if short := sorted({len(condition.steps) for condition in table.conditions if len(condition.steps) <= LAST}):
+        warnings.append(f"Without a baseline (method {BASELINE} with the same settings): {'; '.join(alone)}.")
+    if short := sorted({each.curves["reward"].shape[1] for each in table.conditions} & set(range(LAST + 1))):
         warnings.append(f"Runs of {', '.join(map(str, short))} steps: the last {LAST} are all of them.")
-    for comparison in analysis.comparisons:
-        who, n = " against ".join(analysis.names(comparison)), len(comparison.seeds)
-        if odd := sorted(set(comparison.condition.seeds) ^ set(comparison.other.seeds)):
+    for each in comparisons:
+        who, n = f"{each.condition.name} against {each.other.label}", len(each.seeds)
+        if odd := sorted({*each.condition.curves["reward"].index} ^ {*each.other.curves["reward"].index}):
+            only = ", ".join(map(str, odd))
+            warnings.append(f"{who}: compared on the {n} seeds that both have; only one has {only}.")
+        apart = n - (each.tests["equal_kl"].n if "equal_kl" in each.tests else 0)
+        if "kl" in each.tests and apart:
+            warnings.append(f"{who}: {apart} of {n} pairs share no KL: not in {MEASURES['equal_kl']}.")
+    for each in table.conditions:
+        late = change(each.curves["reward"].to_numpy(), late=True)
+        if each.method == BASELINE and rises(late):
             warnings.append(
-                f"{who}: compared on the {n} seeds that both have; only one has {', '.join(map(str, odd))}."
+                f"{each.name} still rises in its last {LAST} steps, by {late} from their first half to their second: "
+                "it has no plateau yet, and steps are counted to where it got."
             )
-        apart = n - (comparison.paired[EQUAL_KL].n if EQUAL_KL in comparison.paired else 0)
-        if "kl" in comparison.paired and apart:
-            warnings.append(f"{who}: {apart} of {n} pairs share no KL: not in {WORDS[EQUAL_KL]}.")
-        if comparison.steps and comparison.steps.still_rises:
-            warnings.append(
-                f"{table.label(comparison.other)} still rises in its last {LAST} steps, by "
-                f"{comparison.steps.late_rise} from their first half to their second: it has no plateau yet, and "
-                "steps are counted to where it got."
-            )
-    return list(dict.fromkeys(warnings))
-
-
-def _corrected(comparisons: list[Comparison]) -> list[Comparison]:
-    """With Holm's p-values."""
-    for kind in ("paired", "spread"):
-        tests = [dict(getattr(comparison, kind)) for comparison in comparisons]
-        for name in COMPARED:
-            rows = [row for row in tests if name in row]
-            for row, p in zip(rows, holm([row[name].p for row in rows]), strict=True):
-                row[name] = replace(row[name], p_holm=p)
-        comparisons = [replace(each, **{kind: row}) for each, row in zip(comparisons, tests, strict=True)]
-    return comparisons
+    return warnings

@@ -21,8 +21,6 @@ LAST = 10  # steps that count as the end of a run
 SHARE = 0.9  # of the baseline's rise, from its first step to the mean of its last LAST steps
 RESAMPLES = 10_000
 FEWEST = 5  # seeds for a bootstrap interval: of 3 seeds' intervals only about 75 % held the truth in simulations
-# By number of seeds: in how many percent of simulated studies the intervals of steps and of their ratio held the truth
-HELD = {10: (91, 99), 5: (88, 99)}
 TOP = 0.25  # of the range of KL that two runs share: where their rewards are compared
 
 
@@ -54,58 +52,47 @@ def crossing(curve_BT: np.ndarray, steps_T: np.ndarray, target_B: np.ndarray) ->
 
 @dataclass(frozen=True)
 class Steps:
-    """Steps to SHARE of the baseline's rise. Infinite: not reached; ``never``: share of resamples that do not."""
+    """Steps to SHARE of the baseline's rise; infinite where it is not reached."""
 
     target: float
     steps: Estimate
-    never: float | None
     baseline_steps: Estimate
     ratio: Estimate  # steps over baseline_steps
-    late_rise: Estimate | None  # of the baseline
-
-    @property
-    def still_rises(self) -> bool:
-        """Whether the baseline has no plateau by its end."""
-        return self.late_rise is not None and self.late_rise.sign > 0
 
 
-def rises(baseline_NT: np.ndarray) -> bool:
-    """Whether the baseline ends above its first step, by the 95 % interval over seeds (by value for one)."""
-    rise = t_interval(baseline_NT[:, -LAST:].mean(1) - baseline_NT[:, 0])
-    return rise.value > 0 if rise.low is None else rise.low > 0
+def change(curve_NT: np.ndarray, *, late: bool = False) -> Estimate:
+    """Mean of the last LAST steps minus the first step; ``late``: within the last LAST, second half minus first."""
+    last_NT = curve_NT[:, -LAST:]
+    half = max(1, last_NT.shape[1] // 2)
+    ends_N, starts_N = (last_NT[:, -half:], last_NT[:, :half]) if late else (last_NT, curve_NT[:, :1])
+    return t_interval(ends_N.mean(1) - starts_N.mean(1))
 
 
-def late_rise(baseline_NT: np.ndarray) -> Estimate | None:
-    """Within the last LAST steps, mean of their second half minus that of their first; None for runs of one step."""
-    last_NT = baseline_NT[:, -LAST:]
-    half = last_NT.shape[1] // 2
-    return t_interval(last_NT[:, -half:].mean(1) - last_NT[:, :half].mean(1)) if half else None
+def rises(change: Estimate) -> bool:
+    """Whether a change is one upwards, by its interval (by value for one seed)."""
+    return (change.value if change.low is None else change.low) > 0
 
 
-def steps_to_rise(curves_NT: np.ndarray, baseline_NT: np.ndarray, steps: tuple[int, ...]) -> Steps | None:
+def steps_to_rise(curves_NT: np.ndarray, baseline_NT: np.ndarray, steps_T: np.ndarray) -> Steps | None:
     """Step at which the mean curve over seeds, smoothed, reaches start + SHARE (end - start) of the baseline.
 
     start: the baseline's first step, where no policy has been updated; end: its last LAST steps; both means over
     seeds. The way from the start is taken, since 90 % of a reward means nothing where rewards may be negative. The
     mean curve is read, since a single seed's crosses early by noise. Rows of both are the same seeds, which are
-    resampled together, target included, with RESAMPLES fixed draws. None where the baseline does not rise.
+    resampled together, target included, with RESAMPLES fixed draws. None where no rise of the baseline is established.
     """
-    if not rises(baseline_NT):
+    if not rises(change(baseline_NT)):
         return None
     n = len(curves_NT)
-    draws = np.random.default_rng(0).multinomial(n, [1 / n] * n, size=RESAMPLES if n > 1 else 1)
+    draws = np.random.default_rng(0).multinomial(n, [1 / n] * n, size=RESAMPLES)
     weights_BN = np.concatenate([np.full((1, n), 1 / n), draws / n])  # the seeds themselves, then resamples
     base_BT, curve_BT = weights_BN @ baseline_NT, weights_BN @ curves_NT
     start_B, end_B = base_BT[:, 0], base_BT[:, -LAST:].mean(1)
     target_B = start_B + SHARE * (end_B - start_B)
-    at_T = np.array(steps, dtype=float)
-    ours_B, theirs_B = crossing(curve_BT, at_T, target_B), crossing(base_BT, at_T, target_B)
+    ours_B, theirs_B = (crossing(each_BT, steps_T, target_B) for each_BT in (curve_BT, base_BT))
     with np.errstate(invalid="ignore"):
-        ratio_B = ours_B / theirs_B
-    ratio_B[np.isnan(ratio_B)] = math.inf  # neither reaches it
-    never = float(np.isinf(ours_B[1:]).mean()) if n > 1 else None
-    ours, theirs, ratio = (_bootstrap(values_B, n) for values_B in (ours_B, theirs_B, ratio_B))
-    return Steps(float(target_B[0]), ours, never, theirs, ratio, late_rise(baseline_NT))
+        ratio_B = np.nan_to_num(ours_B / theirs_B, nan=math.inf, posinf=math.inf)  # NaN: neither reaches it
+    return Steps(float(target_B[0]), *(_bootstrap(values_B, n) for values_B in (ours_B, theirs_B, ratio_B)))
 
 
 def _bootstrap(values_B: np.ndarray, n: int) -> Estimate:
@@ -130,20 +117,10 @@ def frontier(kl_T: np.ndarray, reward_T: np.ndarray) -> tuple[np.ndarray, np.nda
     return kl_T[keep_T], reward_T[keep_T]
 
 
-@dataclass(frozen=True)
-class AtEqualKL:
-    """Rewards of two runs, each a mean over KL from ``low`` to ``high`` nats per token."""
-
-    reward: float
-    baseline: float
-    low: float
-    high: float
-
-
 def at_equal_kl(
     kl_T: np.ndarray, reward_T: np.ndarray, base_kl_T: np.ndarray, base_reward_T: np.ndarray
-) -> AtEqualKL | None:
-    """Mean of each run's reward as a function of KL (``frontier``, linear between) over the same KL.
+) -> tuple[float, float, float, float] | None:
+    """Mean of each run's reward as a function of KL (``frontier``) over KL from low to high; then low and high.
 
     high: the largest KL that both reach; low: TOP of the range from the first KL that both have, below it. Not the
     whole range: where KL rises fast at first, its first steps are few and smoothed flat, and a slower run of the same
@@ -157,4 +134,4 @@ def at_equal_kl(
     grid = np.linspace(low, high, 65)
     curves = ((kl, reward), (base_kl, base_reward))
     means = (float(np.trapezoid(np.interp(grid, x, y), grid) / (high - low)) for x, y in curves)
-    return AtEqualKL(*means, float(low), float(high))
+    return *means, float(low), float(high)

@@ -7,6 +7,7 @@ for what credit methods need. In reading order:
 ``positions``   which row: the token that the score head reads
 ``row``         the maths of one row, and of the mean of several
 ``layers``      which layer of which model; ``scalar_head`` loads a reward model without OpenRLHF
+``model_files`` whether a model's files are the model that will run, before it is loaded
 ``tap``         where the row is taken: transformers' table of attention functions
 ``recording``   what one forward showed, and every reason to refuse it
 ``packed``, ``parallel``  sequences joined into one stream, split over a ring; heads split over processes

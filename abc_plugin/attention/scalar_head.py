@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
+from abc_plugin.attention.model_files import check_normalisation, check_weights, read_config
 from abc_plugin.attention.positions import score_positions
 from abc_plugin.errors import UserError
 
@@ -26,48 +24,34 @@ def load_reward_model(
     head: the scalar layer's name, where the config has no ``value_head_prefix``.  normalise: subtract the config's
     mean and divide by its std, as ``--reward.normalize_enable`` does.  attention: transformers' implementation.
     options: for ``from_pretrained``.
-    Raises UserError where there is no model, no head, or a head that is no scalar.
+    Raises UserError where the files are not that model's (``check_files``).
     """
-    if not Path(path).expanduser().is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise UserError(f"{FLAG} {path}: no such directory")
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{FLAG} {path} is not a Hugging Face model: {str(error).splitlines()[0]}") from None
-    config.normalize_reward = normalise
+    config = check_files(path, head=head, normalise=normalise)
     if attention:
         config._attn_implementation = attention
     head = getattr(config, "value_head_prefix", head)
-    with _quiet():
-        try:
-            model, report = reward_class(config, head).from_pretrained(
-                path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"{FLAG} {path} does not load: {str(error).splitlines()[0]}") from None
-    if f"{head}.weight" in {name for name, *_ in report["mismatched_keys"]}:
-        raise UserError(f"{FLAG} {path}: its head {head}.weight is no scalar; use a reward model with one output")
-    if f"{head}.weight" in report["missing_keys"]:
-        raise UserError(
-            f"{FLAG} {path} has no weight {head}.weight: it is no reward model, or its scalar head has another name, "
-            "which --ds.value_head_prefix can give"
-        )
-    if lost := sorted(report["missing_keys"]):
-        raise UserError(f"{FLAG} {path} lacks {len(lost)} weights, {lost[0]} among them; save the whole model there")
+    disable_progress_bar()
+    try:
+        model = reward_class(config, head).from_pretrained(path, config=config, dtype=dtype, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{FLAG} {path} does not load: {str(error).splitlines()[0]}") from None
     model.config.use_cache = False
     return model
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' table of loaded keys: what matters of it becomes an error of our own."""
-    before = get_verbosity()
-    set_verbosity_error()
-    disable_progress_bar()
-    try:
-        yield
-    finally:
-        set_verbosity(before)
+def check_files(
+    path: str, *, head: str, normalise: bool, flag: str = FLAG, new_head: bool = False
+) -> PretrainedConfig:
+    """The files at ``path`` are the whole of a model with a scalar head; returns its config. No weights are read.
+
+    flag: what errors call the model.  new_head: the head may be missing, as a critic's.  Raises UserError.
+    """
+    config = read_config(flag, path)
+    check_normalisation(flag, path, config, normalise and not new_head)
+    config.normalize_reward = normalise
+    head = getattr(config, "value_head_prefix", head)
+    check_weights(flag, path, config, reward_class(config, head), head=head, new_head=new_head)
+    return config
 
 
 def reward_class(config: Any, head: str) -> type[PreTrainedModel]:

@@ -17,7 +17,7 @@ A reward's way from the reward model to the advantage:
 install.py       puts the subclasses where the host looks up its own; the plugin of a patched host
 imports.py       imports the host where vLLM, flash-attn or CUDA are absent; contract.py: what it must offer
 arguments.py     the host's own command-line parser
-checks.py        what is refused before a model is loaded; model_files.py: what files say of models and prompts
+checks.py        what is refused before a model is loaded; prompts.py: the prompts
 worker.py        the workers of reward model, policy and critic
 maker.py         the experience maker; recorder.py: completions of some steps, written; trainers.py: the trainers
 ray_driver.py    ``abc-rlhf ray``; on_cpu.py: its whole stack on a machine without GPUs

@@ -69,6 +69,11 @@ def parse(argv: list[str], command: str = "local", script: str = CLI, **names: A
     raise RuntimeError(f"{script} ended without using its arguments: this OpenRLHF version is not supported")
 
 
+def reward_models(args: Namespace) -> list[str]:
+    """The paths of ``--reward.model_name_or_path``, which has commas between several."""
+    return [path.strip() for path in (args.reward.model_name_or_path or "").split(",") if path.strip()]
+
+
 @functools.cache
 def _parsing_code(module: str) -> CodeType:
     """The host's script from ``parser = argparse.ArgumentParser()`` to its end, after its imports of Python's own."""

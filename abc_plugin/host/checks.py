@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from abc_plugin.attention import attach
+from abc_plugin.attention import attach, model_files, scalar_head
 from abc_plugin.attention.contribution import check_last_layer
 from abc_plugin.attention.layers import skeleton
 from abc_plugin.attention.readers import attach_readers, check_causal
@@ -18,12 +18,13 @@ from abc_plugin.config import ShapingConfig
 from abc_plugin.credit import methods
 from abc_plugin.credit.methods import policy_need
 from abc_plugin.errors import UserError
-from abc_plugin.host import model_files
-from abc_plugin.host.model_files import reward_models
+from abc_plugin.host.arguments import reward_models
+from abc_plugin.host.prompts import read_data
 from abc_plugin.text.check import load_tokenizer
 from abc_plugin.text.compare import ModelTokenizer, compare
 from abc_plugin.text.remote_credit import SPANS
 
+FLAGS = {name: f"--{name}.model_name_or_path" for name in ("actor", "reward", "critic")}
 READ = 1000  # prompts that both tokenizers read before training
 SCORERS = ("layer", "heads", "recovery", "tokenizer_check", "reward_text")  # settings that only who scores can heed
 ATTENTION = frozenset({"attention", "policy", "policy_last"})
@@ -127,25 +128,68 @@ def check_models(
             )
     check_method(args, shaping)
     check_ensemble(args)
-    policy, critic = args.actor.model_name_or_path, args.critic.model_name_or_path
-    policy = model_files.adapter_base(policy) or policy
-    flags = {name: f"--{name}.model_name_or_path" for name in ("actor", "reward", "critic")}
-    model_files.read_config(flags["actor"], policy)
-    rewards = {path: model_files.read_config(flags["reward"], path) for path in reward_models(args)}
-    model_files.weight_names(flags["actor"], policy)
-    for path, config in rewards.items():
-        model_files.check_reward_head(args, path, config)
-    others = dict.fromkeys(rewards, flags["reward"])
-    if critic and critic not in rewards:
-        model_files.read_config(flags["critic"], critic)
-        others[critic] = flags["critic"]
-    ours = _side(args, flags["actor"], policy)
-    for path, name in others.items():
-        if differences := compare(ours, _side(args, name, path), prompts).incompatibilities():
-            _other_tokenizer(args, shaping, name, path, differences)
-    for path, config in rewards.items():
+    for path, config in check_files(args, shaping, prompts, runs_here=runs_here).items():
         check_readers(args, path, config, shaping, runs_here=runs_here)
     check_policy(args, shaping, runs_here=runs_here)
+
+
+def check_files(
+    args: Namespace, shaping: ShapingConfig, prompts: Sequence[str] = (), *, runs_here: bool = True
+) -> dict[str, PretrainedConfig]:
+    """Every model's files are the whole of it, and it can read the ids that will come; returns the rewards' configs.
+
+    Raises UserError. Changes ``args`` as ``_other_tokenizer``.
+    """
+    policy, critic = args.actor.model_name_or_path, args.critic.model_name_or_path
+    if base := model_files.adapter_base(policy):
+        model_files.check_adapter(FLAGS["actor"], policy)
+        policy = base
+    config = model_files.read_config(FLAGS["actor"], policy)
+    model_files.check_weights(FLAGS["actor"], policy, config)
+    ours = _side(args, FLAGS["actor"], policy)
+    if ours.tokenizer.eos_token_id is None:
+        raise UserError(f"{FLAGS['actor']} {policy}: its tokenizer has no end-of-sequence token; give it an eos_token")
+    model_files.check_savable(FLAGS["actor"], policy, ours.tokenizer)
+    _check_reads(args, FLAGS["actor"], policy, config, ours)
+    options = {"head": args.ds.value_head_prefix, "normalise": args.reward.normalize_enable}
+    configs = {path: scalar_head.check_files(path, **options, flag=FLAGS["reward"]) for path in reward_models(args)}
+    flags = dict.fromkeys(configs, FLAGS["reward"])
+    if critic and critic not in configs:
+        flags[critic] = FLAGS["critic"]
+        configs[critic] = scalar_head.check_files(critic, **options, flag=flags[critic], new_head=True)
+    for path, flag in flags.items():
+        theirs = _side(args, flag, path)
+        if differences := compare(ours, theirs, prompts).incompatibilities():
+            _other_tokenizer(args, shaping, flag, path, differences)
+            if shaping.tokenizer_check == "map":
+                _check_reads(args, flag, path, configs[path], theirs, cut=True)
+                continue
+        _check_reads(args, flag, path, configs[path], ours)
+        unknown = range(max(ours.vocabulary.values()) + 1, ours.embedding_rows or 0)
+        if not runs_here and unknown and (theirs.embedding_rows or unknown.stop) < unknown.stop:
+            print(
+                f"abc_plugin: WARNING: the policy has embedding rows for the ids {unknown.start} to "
+                f"{unknown.stop - 1}, which are no tokens; vLLM may draw one all the same, and {flag} {path} has only "
+                f"{theirs.embedding_rows} rows: the run would end there"
+            )
+    return {path: configs[path] for path in reward_models(args)}
+
+
+def _check_reads(
+    args: Namespace, flag: str, path: str, config: PretrainedConfig, side: ModelTokenizer, *, cut: bool = False
+) -> None:
+    """``model_files.check_reads`` of the ids of ``side``.  cut: text in own tokens is cut to the model's positions."""
+    top_id = max(side.vocabulary.values())
+    model_files.check_reads(flag, path, config, top_id, 0 if cut else args.data.max_len, "--data.max_len")
+
+
+def check_served(args: Namespace) -> None:
+    """The files of a reward model that is served, which reads its own tokens. Raises UserError."""
+    path, flag = args.reward.model_name_or_path, FLAGS["reward"]
+    if not path:
+        raise UserError(f"{flag} is missing; give the reward model to serve")
+    config = scalar_head.check_files(path, head=args.ds.value_head_prefix, normalise=args.reward.normalize_enable)
+    _check_reads(args, flag, path, config, _side(args, flag, path))
 
 
 def check_readers(
@@ -176,7 +220,7 @@ def check_policy(args: Namespace, shaping: ShapingConfig, *, runs_here: bool = T
             f"--reward_shaping {shaping.method} reads the policy's attention over whole sequences, which "
             f"--ds.ring_attn_size {args.ds.ring_attn_size} splits; leave that out, or use abc"
         )
-    flag = "--actor.model_name_or_path"
+    flag = FLAGS["actor"]
     try:
         path = model_files.adapter_base(path) or path
         config = model_files.read_config(flag, path)
@@ -229,11 +273,11 @@ def preflight(args: Namespace, shaping: ShapingConfig) -> None:
         if attrgetter(source)(args):
             check_method(args, shaping, remote=f"--{source}")
             _remote(f"--{source}", shaping)
-            if not model_files.is_absent(args.actor.model_name_or_path):
+            if not any(path and model_files.is_absent(path) for path in _paths(args)):
+                check_files(args, shaping, runs_here=False)
                 check_policy(args, shaping, runs_here=False)
             return
-    paths = [args.actor.model_name_or_path, args.critic.model_name_or_path, *reward_models(args)]
-    absent = [path for path in paths if path and model_files.is_absent(path)]
+    absent = [path for path in _paths(args) if path and model_files.is_absent(path)]
     args.shaping_checked = not absent
     if absent and shaping.tokenizer_check == "map":
         raise UserError(f"--shaping.tokenizer_check map needs the models on the driver's machine too: {absent[0]}")
@@ -253,6 +297,10 @@ def warn_of_critic(args: Namespace, shaping: ShapingConfig) -> None:
             f"reward model ({critic}), whose values tell it already; give --critic.model_name_or_path "
             f"{args.actor.model_name_or_path}, or use --reward_shaping abc_signed or none"
         )
+
+
+def _paths(args: Namespace) -> list[str | None]:
+    return [args.actor.model_name_or_path, args.critic.model_name_or_path, *reward_models(args)]
 
 
 def _remote(source: str, shaping: ShapingConfig) -> None:
@@ -276,7 +324,7 @@ def _prompts(args: Namespace) -> list[str]:
     """Some prompts for both tokenizers to read, where they lie in a file on this machine."""
     if not Path(args.data.prompt_dataset or "").is_file():
         return []
-    return [prompt for prompt in model_files.read_data(args)[args.data.input_key][:READ] if isinstance(prompt, str)]
+    return [prompt for prompt in read_data(args)[args.data.input_key][:READ] if isinstance(prompt, str)]
 
 
 def refuse_adapter(args: Namespace) -> None:

@@ -219,10 +219,8 @@ def main(argv: list[str]) -> int:
     args = _parsed(host_argv)
     listening = _bound(args.host, args.port)
     proxy = _load(args)
-    from abc_plugin.host.model_files import check_reward_head
     from abc_plugin.host.worker import restore_normalisation
 
-    check_reward_head(args, args.reward.model_name_or_path, proxy.reward_model.config)
     if args.reward.normalize_enable:
         print(f"abc_plugin: reward normalisation restored: {restore_normalisation(proxy.reward_model)}")
     if not proxy.tokenizer.is_fast:
@@ -237,8 +235,11 @@ def main(argv: list[str]) -> int:
 
 def _parsed(argv: list[str]) -> Namespace:
     from abc_plugin.host.arguments import parse
+    from abc_plugin.host.checks import check_served
 
-    return parse(argv, "serve-rm", CLI, hierarchize=importlib.import_module(CLI).hierarchize)
+    args = parse(argv, "serve-rm", CLI, hierarchize=importlib.import_module(CLI).hierarchize)
+    check_served(args)
+    return args
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -42,14 +42,13 @@ def evaluate(argv: list[str]) -> int:
     own, rest = parser.parse_known_args(argv)
     args, _ = settings(rest, beta=1.0)  # the method's own credit is shown, and checked for
     from abc_plugin.host.checks import check_models
-    from abc_plugin.host.model_files import read_data
+    from abc_plugin.host.prompts import read_data
     from abc_plugin.local import local_checks, ranks
     from abc_plugin.local.evaluate import evaluate as sample
 
     local_checks.check_supported(args)
     ranks.refuse_several("evaluate")
     check_models(args, args.shaping)
-    local_checks.check_positions(args)
     samples = sample(args, read_data(args))
     own.out.parent.mkdir(parents=True, exist_ok=True)
     own.out.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in samples), encoding="utf-8")

@@ -60,7 +60,6 @@ def check(args: Namespace) -> Dataset:
     local_checks.check_batches(args, len(data))
     texts = [prompt for prompt in data[args.data.input_key][: checks.READ] if isinstance(prompt, str)]
     checks.check_models(args, args.shaping, texts)
-    local_checks.check_positions(args)
     frozen.check_settings(args, args.shaping)
     local_checks.check_lora_targets(args)
     return data

@@ -19,9 +19,9 @@ from transformers.utils import is_flash_attn_2_available
 from abc_plugin.attention.layers import skeleton
 from abc_plugin.config import ShapingConfig
 from abc_plugin.errors import UserError
-from abc_plugin.host.arguments import parse
+from abc_plugin.host.arguments import parse, reward_models
 from abc_plugin.host.checks import refuse_adapter, refuse_without_lora
-from abc_plugin.host.model_files import adapter_base, read_data, reward_models
+from abc_plugin.host.prompts import read_data
 from abc_plugin.local.lora import bitsandbytes
 from abc_plugin.local.ranks import current_rank
 
@@ -98,15 +98,6 @@ def check_supported(args: Namespace) -> None:
         raise UserError(
             f"--ds.attn_implementation {args.ds.attn_implementation} needs a CUDA device and there is none; use sdpa"
         )
-
-
-def check_positions(args: Namespace) -> None:
-    """No sequence is longer than a policy with a table of positions has rows; rotary ones have no such end."""
-    path = args.actor.model_name_or_path
-    config = AutoConfig.from_pretrained(adapter_base(path) or path, trust_remote_code=True).get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and not hasattr(config, "rope_parameters") and args.data.max_len > limit:
-        raise UserError(f"--data.max_len {args.data.max_len} is more than the {limit} positions of {path}: lower it")
 
 
 def check_data(args: Namespace) -> Dataset:

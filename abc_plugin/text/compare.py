@@ -227,7 +227,13 @@ def _embedding_rows(policy: ModelTokenizer, reward_model: ModelTokenizer) -> Jud
     if top >= theirs:
         words = f"the policy's id {policy.name(top)} has no row in the reward model's embedding of {theirs}"
         return INCOMPATIBLE, words
-    return SAME if {ours, theirs} == {top + 1} else COMPATIBLE, f"{_both(ours, theirs)}, {top + 1} ids"
+    words = f"{_both(ours, theirs)}, {top + 1} ids"
+    if ours is not None and ours > max(theirs, top + 1):
+        words += (
+            f"; ids from {top + 1} on are no tokens: abc-rlhf local never draws one, vLLM under abc-rlhf ray may, and "
+            f"from {theirs} on it has no row in the reward model, which ends the run"
+        )
+    return SAME if {ours, theirs} == {top + 1} else COMPATIBLE, words
 
 
 def _unused(value: Callable[[ModelTokenizer], str], policy: ModelTokenizer, reward_model: ModelTokenizer) -> Judged:

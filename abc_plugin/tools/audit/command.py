@@ -23,6 +23,7 @@ try:
     from tqdm import tqdm
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+    from abc_plugin.attention.model_files import check_reads, read_config
     from abc_plugin.tools.audit import pictures
     from abc_plugin.tools.audit.advice import advise
     from abc_plugin.tools.audit.audit_page import render
@@ -72,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--samples {args.samples}, --split {args.split}: give at least 1")
     reading = Reading(args.prompt_key, args.completion_key, args.split, args.append_eos, args.samples)
     needs = frozenset().union(*(method.needs for method in methods.values()))
+    config, tokenizer = read_config(FLAG, path), _tokenizer(path)
+    check_reads(FLAG, path, config, max(tokenizer.get_vocab().values()), 0, "--data")
     model = RewardModel(
         path,
         layer=shaping.layer,
@@ -83,7 +86,6 @@ def run(args: argparse.Namespace) -> int:
     )
     if CONTRIBUTION in needs:
         methods = _with_contributions(model, methods, asked=args.methods is not None)
-    tokenizer = _tokenizer(path)
     completions = read(args.data, tokenizer, reading, model.window)
     configuration = {
         "model": model.fingerprint(),

@@ -7,7 +7,7 @@ import importlib
 import sys
 
 from abc_plugin import __version__
-from abc_plugin.errors import CreditError, UserError, WorkerDied
+from abc_plugin.errors import CreditError, NotFinite, UserError, WorkerDied
 
 # name: (module, one line of help). A module offers add_arguments(parser) and run(args) -> exit status; those of
 # OWN_PARSER read their words themselves, most by OpenRLHF's parser, by a function of argv -> exit status instead.
@@ -53,11 +53,11 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"abc-rlhf: error: {error}", file=sys.stderr)
         return 2
+    except (NotFinite, WorkerDied) as error:
+        print(f"abc-rlhf: stopped: {error}", file=sys.stderr)
+        return 1
     except CreditError as error:
         print(f"abc-rlhf: stopped, because credit would be lost: {error}", file=sys.stderr)
-        return 1
-    except WorkerDied as error:
-        print(f"abc-rlhf: stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("abc-rlhf: stopped", file=sys.stderr)

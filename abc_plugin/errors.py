@@ -9,5 +9,9 @@ class CreditError(RuntimeError):
     """Credit was asked for and cannot be recovered or attached. Ends the run: sparse reward is never a fallback."""
 
 
+class NotFinite(CreditError):
+    """A loss, value, reward or coefficient is NaN or infinite: whatever is trained on it is lost."""
+
+
 class WorkerDied(RuntimeError):
     """A process of a Ray cluster is gone; the message says how to go on."""

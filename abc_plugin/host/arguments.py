@@ -6,8 +6,10 @@ import argparse
 import ast
 import functools
 import importlib.util
+import math
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType, SimpleNamespace
 from typing import Any, NoReturn
@@ -17,6 +19,8 @@ from abc_plugin.errors import UserError
 CLI = "openrlhf.cli.train_ppo_ray"
 # What the commands that run on this machine offer besides, by the host's flag: many CPUs have no fast bf16.
 MORE_OPTIONS = {"--ds.param_dtype": {"choices": ["bf16", "fp16", "fp32"]}}
+
+LIMITS = ("max_", "clip", "range")  # in the names of settings that may be infinite
 
 
 class _Parsed(BaseException):
@@ -59,6 +63,7 @@ def parse(argv: list[str], command: str = "local", script: str = CLI, **names: A
     try:
         exec(_parsing_code(script), names | {"train": stop, "RewardModelProxy": stop})
     except _Parsed as parsed:
+        _check_finite(parsed.args[0])
         return parsed.args[0]
     except UserError:
         raise
@@ -67,6 +72,24 @@ def parse(argv: list[str], command: str = "local", script: str = CLI, **names: A
         hint = " (one process runs without vLLM engines)" if command == "local" else ""
         raise UserError(f"OpenRLHF refused the flags: {reason}{hint}") from None
     raise RuntimeError(f"{script} ended without using its arguments: this OpenRLHF version is not supported")
+
+
+def flat(args: Namespace, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The host's nested settings by their dotted names."""
+    for name, value in vars(args).items():
+        if isinstance(value, SimpleNamespace):  # what the host nests its settings in
+            yield from flat(value, f"{prefix}{name}.")
+        elif name != "shaping":
+            yield f"{prefix}{name}", value
+
+
+def _check_finite(args: Namespace) -> None:
+    """No setting is NaN, and none infinite but limits. Raises UserError."""
+    for name, value in flat(args):
+        for number in value if isinstance(value, list | tuple) else [value]:
+            unlimited = number in (math.inf, -math.inf) and any(word in name for word in LIMITS)
+            if isinstance(number, float) and not math.isfinite(number) and not unlimited:
+                raise UserError(f"--{name} {number} is nothing to compute with; give a finite number")
 
 
 def reward_models(args: Namespace) -> list[str]:

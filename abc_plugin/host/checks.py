@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import Namespace
-from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
 
+from datasets import Dataset
 from transformers import PretrainedConfig
 
 from abc_plugin.attention import attach, model_files, scalar_head
@@ -19,7 +19,7 @@ from abc_plugin.credit import methods
 from abc_plugin.credit.methods import policy_need
 from abc_plugin.errors import UserError
 from abc_plugin.host.arguments import reward_models
-from abc_plugin.host.prompts import read_data
+from abc_plugin.host.prompts import check_lengths, check_rollouts, read_data, rendered
 from abc_plugin.text.check import load_tokenizer
 from abc_plugin.text.compare import ModelTokenizer, compare
 from abc_plugin.text.remote_credit import SPANS
@@ -113,12 +113,12 @@ def check_ensemble(args: Namespace) -> None:
 
 
 def check_models(
-    args: Namespace, shaping: ShapingConfig, prompts: Sequence[str] = (), *, runs_here: bool = True
+    args: Namespace, shaping: ShapingConfig, data: Dataset | None = None, *, runs_here: bool = True
 ) -> None:
     """Models have their weights and heads and share a tokenizer, and the attention tap fits the reward model.
 
-    prompts: read by both tokenizers, besides the built-in texts.  runs_here: whether this machine will run the models,
-    so that its devices and packages matter.
+    data: the prompts, where they are on this machine.  runs_here: whether it will run the models, so that its devices
+    and packages matter.
     """
     for template in ("apply_chat_template", "input_template"):
         if shaping.reward_text == "chat" and getattr(args.data, template):
@@ -128,16 +128,17 @@ def check_models(
             )
     check_method(args, shaping)
     check_ensemble(args)
-    for path, config in check_files(args, shaping, prompts, runs_here=runs_here).items():
+    for path, config in check_files(args, shaping, data, runs_here=runs_here).items():
         check_readers(args, path, config, shaping, runs_here=runs_here)
     check_policy(args, shaping, runs_here=runs_here)
 
 
 def check_files(
-    args: Namespace, shaping: ShapingConfig, prompts: Sequence[str] = (), *, runs_here: bool = True
+    args: Namespace, shaping: ShapingConfig, data: Dataset | None = None, *, runs_here: bool = True
 ) -> dict[str, PretrainedConfig]:
     """Every model's files are the whole of it, and it can read the ids that will come; returns the rewards' configs.
 
+    The prompts are read by both tokenizers, besides the built-in texts, and by the policy's as far as they fit.
     Raises UserError. Changes ``args`` as ``_other_tokenizer``.
     """
     policy, critic = args.actor.model_name_or_path, args.critic.model_name_or_path
@@ -151,6 +152,8 @@ def check_files(
         raise UserError(f"{FLAGS['actor']} {policy}: its tokenizer has no end-of-sequence token; give it an eos_token")
     model_files.check_savable(FLAGS["actor"], policy, ours.tokenizer)
     _check_reads(args, FLAGS["actor"], policy, config, ours)
+    texts = [] if data is None or args.data.max_images_per_prompt else rendered(args, data, ours.tokenizer)
+    check_lengths(args, texts, ours.tokenizer)
     options = {"head": args.ds.value_head_prefix, "normalise": args.reward.normalize_enable}
     configs = {path: scalar_head.check_files(path, **options, flag=FLAGS["reward"]) for path in reward_models(args)}
     flags = dict.fromkeys(configs, FLAGS["reward"])
@@ -159,7 +162,7 @@ def check_files(
         configs[critic] = scalar_head.check_files(critic, **options, flag=flags[critic], new_head=True)
     for path, flag in flags.items():
         theirs = _side(args, flag, path)
-        if differences := compare(ours, theirs, prompts).incompatibilities():
+        if differences := compare(ours, theirs, texts[:READ]).incompatibilities():
             _other_tokenizer(args, shaping, flag, path, differences)
             if shaping.tokenizer_check == "map":
                 _check_reads(args, flag, path, configs[path], theirs, cut=True)
@@ -269,12 +272,16 @@ def preflight(args: Namespace, shaping: ShapingConfig) -> None:
     Raises UserError as ``check_models``, and for settings that a remote reward cannot heed.
     """
     refuse_on_ray(args, shaping)
+    data = read_data(args) if Path(args.data.prompt_dataset or "").is_file() else None
+    if data is not None:
+        split = args.ds.ring_attn_size * args.ds.tensor_parallel_size
+        check_rollouts(args, len(data), args.actor.num_nodes * args.actor.num_gpus_per_node // split)
     for source in ("reward.remote_url", "train.agent_func_path"):
         if attrgetter(source)(args):
             check_method(args, shaping, remote=f"--{source}")
             _remote(f"--{source}", shaping)
             if not any(path and model_files.is_absent(path) for path in _paths(args)):
-                check_files(args, shaping, runs_here=False)
+                check_files(args, shaping, data, runs_here=False)
                 check_policy(args, shaping, runs_here=False)
             return
     absent = [path for path in _paths(args) if path and model_files.is_absent(path)]
@@ -284,7 +291,7 @@ def preflight(args: Namespace, shaping: ShapingConfig) -> None:
     if absent:
         print(f"abc_plugin: not on this machine, so checked by the worker that loads it: {', '.join(absent)}")
     else:
-        check_models(args, shaping, _prompts(args), runs_here=False)
+        check_models(args, shaping, data, runs_here=False)
     warn_of_critic(args, shaping)
 
 
@@ -318,13 +325,6 @@ def _remote(source: str, shaping: ShapingConfig) -> None:
             f"abc_plugin: {source} is set: --reward_shaping {shaping.method} needs {SPANS[need]} in every reply "
             f"(abc-rlhf serve-rm --reward_shaping {shaping.method} sends them); a reply without ends the run"
         )
-
-
-def _prompts(args: Namespace) -> list[str]:
-    """Some prompts for both tokenizers to read, where they lie in a file on this machine."""
-    if not Path(args.data.prompt_dataset or "").is_file():
-        return []
-    return [prompt for prompt in read_data(args)[args.data.input_key][:READ] if isinstance(prompt, str)]
 
 
 def refuse_adapter(args: Namespace) -> None:

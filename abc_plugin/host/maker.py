@@ -17,12 +17,22 @@ from abc_plugin.credit import methods
 from abc_plugin.credit.metrics import credit_metrics, mean_disagreement, negative_share, without_attention
 from abc_plugin.credit.redistribute import last_action
 from abc_plugin.credit.shaping import Shaped, dropped, shape
-from abc_plugin.errors import CreditError
+from abc_plugin.errors import CreditError, NotFinite
 from abc_plugin.host.worker import EvidenceBatch
 from abc_plugin.text.remote_credit import SPANS, token_row
 from abc_plugin.text.segments import segment_ends
 
 GROUP_NORM, EPSILON = "group_norm", 1e-9  # the estimator that divides by the group's deviation, and what it adds to it
+
+
+# What policy and critic are trained on, by the experience's field: each (B, A).
+TRAINED_ON = {
+    "action_log_probs": "a log-probability by the policy",
+    "base_action_log_probs": "a log-probability by the reference",
+    "values": "a value by the critic",
+    "returns": "a return",
+    "advantages": "an advantage",
+}
 
 
 class RewardParts(NamedTuple):
@@ -74,6 +84,10 @@ class CreditExperienceMaker(RemoteExperienceMaker):
             for need, key in SPANS.items()
         }
         experiences = super().make_experience_batch(rollout_samples)
+        for experience in experiences:
+            for name, what in TRAINED_ON.items():
+                if (value_BA := getattr(experience, name, None)) is not None:
+                    _check_finite(what, value_BA.where(experience.action_mask.bool(), 0.0), experience)
         if self.shaping.dense:
             if not all("credit_entropy" in experience.info for experience in experiences):
                 raise CreditError(f"--reward_shaping {self.shaping.method} is on, but a batch got no credit")
@@ -325,14 +339,14 @@ def _check_rewards(samples: Sequence[Experience], *, from_rollout: bool) -> None
                 f'"rewards" and the tokens\' shares under extra_logs["{SPANS["attention"]}"] (see README)'
             )
         elif not torch.isfinite(sample.rewards).all():
-            raise CreditError(f"{where} has the reward {sample.rewards.item()}: nothing was trained on it")
+            raise NotFinite(f"{where} has the reward {sample.rewards.item()}: nothing was trained on it")
 
 
 def _check_finite(what: str, value: Tensor, experience: Experience) -> None:
     bad_B = ~torch.isfinite(value.reshape(len(experience.index), -1)).all(1)
     if bad_B.any():
         samples = [index for index, bad in zip(experience.index, bad_B.tolist(), strict=True) if bad]
-        raise CreditError(f"{what} of sample {samples[0]} is NaN or infinite ({len(samples)} in its batch)")
+        raise NotFinite(f"{what} of sample {samples[0]} is NaN or infinite ({len(samples)} in its batch)")
 
 
 def _arrival(experiences: list[Experience]) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 from datasets import Dataset
+from openrlhf.datasets import PromptDataset
 from openrlhf.datasets.utils import blending_datasets
 
 from abc_plugin.errors import UserError
@@ -47,3 +50,69 @@ def read_data(args: Namespace) -> Dataset:
                 "messages with --data.apply_chat_template"
             )
     return data
+
+
+def rendered(args: Namespace, rows: Iterable[dict], tokenizer: Any) -> list[str]:
+    """The prompts as the policy is given them, in the chat template or the input template."""
+    return PromptDataset(rows, tokenizer, quiet_strategy(args), input_template=args.data.input_template).prompts
+
+
+def check_lengths(args: Namespace, texts: Sequence[str], tokenizer: Any) -> None:
+    """Prints how many prompts lose their front to ``--data.max_len``. Raises UserError where nothing else is left.
+
+    texts: as ``rendered``.
+    """
+    longest, new = args.data.max_len, args.rollout.max_new_tokens
+    room = longest - (new or 1)
+    rows = [row for row, text in enumerate(texts) if len(text.encode()) >= room]  # a token has at least a byte
+    ids = tokenizer([texts[row] for row in rows], add_special_tokens=False)["input_ids"] if rows else []
+    cut = {row: tokens for row, tokens in zip(rows, ids, strict=True) if len(tokens) > room}
+    if not cut:
+        return
+    limit = f"--data.max_len {longest}" + (f" less --rollout.max_new_tokens {new}" if new else "")
+    [empty] = rendered(args, [{args.data.input_key: "x", args.data.label_key: ""}], tokenizer)
+    template = tokenizer(empty, add_special_tokens=False)["input_ids"][-room:]
+    for row, tokens in cut.items():
+        if tokens[-room:] == template:
+            raise UserError(
+                f"--data.prompt_dataset {args.data.prompt_dataset}: of row {row + 1}, {len(tokens)} tokens long, "
+                f"{limit} leaves the last {room}, which are the template's own: the policy would not see the "
+                "prompt; raise --data.max_len"
+            )
+    print(
+        f"abc_plugin: {len(cut)} of {len(texts)} prompts lose their front: {limit} leaves {room} tokens "
+        f"(longest {max(map(len, cut.values()))})"
+    )
+
+
+def check_rollouts(args: Namespace, prompts: int, ranks: int, *, saves: bool = False) -> None:
+    """Every step trains on its whole rollout and leaves nothing to the next.
+
+    ranks: that share out a batch.  saves: whether there are checkpoints, which hold no part of a gradient: then a
+    rollout must fill whole training batches, otherwise only the last one of an episode, whose rest would be lost.
+    Raises UserError; prints where OpenRLHF carries a rest's gradient into the next step.
+    """
+    train, rollout = args.train, args.rollout
+    if args.algo.dynamic_filtering_enable or train.dynamic_batch_enable:  # their sizes are not known before
+        return
+    unit, copies = train.micro_batch_size * ranks, rollout.n_samples_per_prompt
+
+    def wastes(samples: int) -> bool:
+        updates = samples // unit * train.max_epochs * unit / train.batch_size
+        return samples % unit > 0 or updates == 0 or updates % 1 > 0
+
+    rest = prompts % rollout.batch_size if prompts > rollout.batch_size else 0
+    whole = min(prompts, rollout.batch_size) * copies
+    if wastes(whole):
+        words = f"a rollout has {whole} completions, no multiple of --train.batch_size {train.batch_size}"
+        if saves:
+            raise UserError(
+                f"{words}: OpenRLHF carries the rest's gradient into the next step, but not into a checkpoint; give "
+                "another --train.batch_size, or leave --ckpt.save_steps out"
+            )
+        print(f"abc_plugin: {words}: the rest waits for the next step, and that of the last step is not trained on")
+    elif wastes(rest * copies) and rest:
+        raise UserError(
+            f"the last rollout of an episode has {rest * copies} completions, which fill no whole --train.batch_size "
+            f"{train.batch_size} and would not be trained on; give --data.max_samples {prompts - rest}"
+        )

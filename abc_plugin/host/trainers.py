@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 
+from abc_plugin.errors import NotFinite
 from abc_plugin.host.install import undecorated
 from abc_plugin.host.maker import CreditExperienceMaker
 from abc_plugin.host.recorder import Recorder
@@ -20,9 +23,15 @@ class WithCredit:
         self.experience_maker.recorder = Recorder(self)
 
     def train_step(self, rollout_samples: list, global_step: int) -> tuple[dict, int]:
-        """The host's step; the recorder is told its number, counted from 1."""
+        """The host's step; the recorder is told its number, counted from 1. Raises NotFinite naming a metric."""
         self.experience_maker.recorder.step = global_step + 1
-        return super().train_step(rollout_samples, global_step)
+        status, step = super().train_step(rollout_samples, global_step)
+        # In fp16 DeepSpeed lowers its loss scale until the gradients' norm is finite, and skips those updates.
+        scaled = self.args.ds.param_dtype == "fp16"
+        for name, value in status.items():
+            if isinstance(value, float) and not math.isfinite(value) and not (scaled and name.endswith("grad_norm")):
+                raise NotFinite(f"{name} of step {step} is {value}: the models are no longer what was trained")
+        return status, step
 
 
 class CreditPPOTrainer(WithCredit, undecorated(ppo_trainer.PPOTrainer)):

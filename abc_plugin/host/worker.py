@@ -21,6 +21,7 @@ from abc_plugin.attention.positions import generating_rows
 from abc_plugin.attention.readers import attach_readers, record, rows
 from abc_plugin.credit import methods
 from abc_plugin.credit.methods import policy_need
+from abc_plugin.errors import NotFinite
 from abc_plugin.host.checks import check_models
 from abc_plugin.host.install import undecorated
 from abc_plugin.text.check import load_tokenizer
@@ -66,6 +67,7 @@ class OwnTokens:
 class Member(NamedTuple):
     """One reward model of a worker, with its readers."""
 
+    path: str
     model: nn.Module
     readers: dict[str, Any]  # what attach_readers gives
     own_tokens: OwnTokens | None
@@ -79,7 +81,7 @@ class Member(NamedTuple):
             keep_gradients_exact(model)
         own = OwnTokens(args, path) if shaping.tokenizer_check == "map" else None
         readers = attach_readers(model, needs, layer=shaping.layer, recovery=shaping.recovery, heads=shaping.head_list)
-        return cls(model, readers, own if own and own.needed else None)
+        return cls(path, model, readers, own if own and own.needed else None)
 
     def score(
         self,
@@ -92,7 +94,7 @@ class Member(NamedTuple):
     ) -> EvidenceBatch:
         """Scores by ``forward(ids, mask)``, with what is read beside it, both by the policy's tokens.
 
-        Action mask and prompts are needed where the model reads its own tokens.
+        Action mask and prompts are needed where the model reads its own tokens. Raises NotFinite.
         """
         mapped, ids, mask = None, sequences_BS, attention_mask_BS
         if self.own_tokens is not None:
@@ -104,6 +106,9 @@ class Member(NamedTuple):
             with record(self.readers, mask.to(torch.cuda.current_device()), **groups) as recordings:
                 reward_B = forward(ids, mask)
             evidence = rows(recordings)
+        if not (finite_B := reward_B.isfinite()).all():
+            bad = int((~finite_B).sum())
+            raise NotFinite(f"{bad} of {len(reward_B)} scores of the reward model {self.path} are NaN or infinite")
         if mapped is None:
             return EvidenceBatch(reward_B, [evidence], {})
         info = {"reward_truncated": mapped.truncated_B.float()}

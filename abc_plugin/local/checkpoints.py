@@ -19,7 +19,6 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ import torch
 from abc_plugin import __version__
 from abc_plugin.config import ShapingConfig
 from abc_plugin.errors import UserError
+from abc_plugin.host.arguments import flat
 from abc_plugin.local.ranks import current_rank
 
 PARTS = ("_actor", "_critic", "complete")
@@ -214,8 +214,6 @@ def prepare(args: Namespace, prompts: Sequence[object]) -> Checkpoints:
     load, saves = args.ckpt.load_enable, args.ckpt.save_steps > 0 and not args.ckpt.disable_ds
     run = Checkpoints(Path(args.ckpt.path), settings_of(args, prompts), current_rank().count, load=load)
     _check_kind(args, run, saves)
-    if saves:
-        _check_whole_batches(args, len(prompts))
     if load:
         run.resume()
         args.ckpt.load_enable = run.step > 0
@@ -254,38 +252,10 @@ def _check_kind(args: Namespace, run: Checkpoints, saves: bool) -> None:
         )
 
 
-def _check_whole_batches(args: Namespace, prompts: int) -> None:
-    """No step leaves part of a gradient to the next: the host would, and no checkpoint of DeepSpeed holds it."""
-    train, rollout, ranks = args.train, args.rollout, current_rank().count
-    window = train.batch_size // (train.micro_batch_size * ranks)
-    rest = prompts % rollout.batch_size
-    rollouts = [("a rollout", rollout.batch_size)] if prompts > rest else []
-    if rest and train.num_episodes > 1:  # nothing comes after the last
-        rollouts.append(("the last rollout of an episode", rest))
-    for which, count in rollouts:
-        samples = count * rollout.n_samples_per_prompt
-        if samples // (train.micro_batch_size * ranks) * train.max_epochs % window:
-            whole = count == rest and prompts > rest
-            remedy = f"--data.max_samples {prompts - rest}" if whole else "another --train.batch_size"
-            raise UserError(
-                f"{which} has {samples} completions, no multiple of --train.batch_size {train.batch_size}: OpenRLHF "
-                f"carries the rest's gradient into the next step, but not into a checkpoint; give {remedy}, or leave "
-                "--ckpt.save_steps out"
-            )
-
-
 def flag_values(args: Namespace) -> dict[str, Any]:
     """Every setting of a run, the host's and the plugin's, by its flag."""
     ours = {setting.metadata["flag"]: getattr(args.shaping, setting.name) for setting in fields(ShapingConfig)}
-    return {f"--{name}": value for name, value in _flat(args)} | ours
-
-
-def _flat(namespace: Namespace, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in vars(namespace).items():
-        if isinstance(value, SimpleNamespace):  # what the host nests its settings in
-            yield from _flat(value, f"{prefix}{name}.")
-        elif name != "shaping":
-            yield f"{prefix}{name}", value
+    return {f"--{name}": value for name, value in flat(args)} | ours
 
 
 def settings_of(args: Namespace, prompts: Iterable[object]) -> dict[str, Any]:

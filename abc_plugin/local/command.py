@@ -48,8 +48,9 @@ def evaluate(argv: list[str]) -> int:
 
     local_checks.check_supported(args)
     ranks.refuse_several("evaluate")
-    check_models(args, args.shaping)
-    samples = sample(args, read_data(args))
+    data = read_data(args)
+    check_models(args, args.shaping, data)
+    samples = sample(args, data)
     own.out.parent.mkdir(parents=True, exist_ok=True)
     own.out.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in samples), encoding="utf-8")
     rewards = [line["reward"] for line in samples]

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from abc_plugin.credit.methods import policy_need
 from abc_plugin.host import checks
+from abc_plugin.host.prompts import check_rollouts
 from abc_plugin.host.worker import CreditPolicyModel, CreditRewardModel, RestoredCritic
 from abc_plugin.local import frozen, local_checks, lora, ranks
 from abc_plugin.local.checkpoints import prepare
@@ -58,8 +59,9 @@ def check(args: Namespace) -> Dataset:
     ranks.take_device()
     data = local_checks.check_data(args)
     local_checks.check_batches(args, len(data))
-    texts = [prompt for prompt in data[args.data.input_key][: checks.READ] if isinstance(prompt, str)]
-    checks.check_models(args, args.shaping, texts)
+    saves = args.ckpt.save_steps > 0 and not args.ckpt.disable_ds
+    check_rollouts(args, len(data), ranks.current_rank().count, saves=saves)
+    checks.check_models(args, args.shaping, data)
     frozen.check_settings(args, args.shaping)
     local_checks.check_lora_targets(args)
     return data

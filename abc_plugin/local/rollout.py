@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
@@ -14,10 +15,10 @@ import torch
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator, _collect_prompt_batch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
-from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.generation import SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
 from abc_plugin.attention.layers import pretrained
-from abc_plugin.errors import UserError
+from abc_plugin.errors import NotFinite, UserError
 from abc_plugin.local import frozen, ranks
 from abc_plugin.local.in_process import memory_remedy
 from abc_plugin.local.ranks import gather_zero3
@@ -62,10 +63,11 @@ def generate(
 
     As there (host: utils/agent.py): prompts get no special tokens and lose tokens at the front when they leave no room
     for ``max_new_tokens``; at least one token is sampled; the end-of-sequence token belongs to the response.
-    Prompts of like length are generated together, at most ``batch_size`` at a time, and shared out among the ranks.
+    Ids that are no token are never drawn. Prompts of like length are generated together, at most ``batch_size`` at a
+    time, and shared out among the ranks.
     What is drawn follows from ``seed`` and the prompt's index in ``prompts`` alone; no global random number is used.
     Returns dicts with observation_tokens (prompt and response ids), action_ranges [(start, end)) and truncated.
-    Raises UserError for a prompt without tokens, RuntimeError where the policy's logits are NaN.
+    Raises UserError for a prompt without tokens, NotFinite where the policy's logits are NaN.
     """
     room = max_len - (max_new_tokens or 1)
     ids = [tokenizer(text=prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
@@ -76,19 +78,27 @@ def generate(
     ends = sorted({tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)})
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
     uniform_NT = torch.rand(len(ids), max_new_tokens or max_len, generator=generator, dtype=torch.float64)
-    warpers = [TemperatureLogitsWarper(temperature)] if temperature not in (0, 1) else []
+    unknown = unknown_ids(tokenizer, model.config.get_text_config().vocab_size)
+    warpers = [SuppressTokensLogitsProcessor(unknown, device=model.device)] if unknown else []
+    warpers += [TemperatureLogitsWarper(temperature)] if temperature not in (0, 1) else []
     warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
     rank, mine = ranks.current_rank(), {}
     for batch in _batches(ids, batch_size, rank.count, max_new_tokens is None)[rank.index :: rank.count]:
         prompt_ids, draw = [ids[i] for i in batch], Draw(uniform_NT[batch])
-        processors = [*warpers, draw] if temperature else []
+        processors = [*warpers, draw] if temperature else warpers
         limit = max_new_tokens or max_len - len(prompt_ids[0])
         responses = _generate_batch(model, tokenizer, prompt_ids, processors, ends, limit, max_len)
         if not draw.usable:
-            raise RuntimeError("the policy's logits are NaN: it has diverged; lower --actor.adam.lr")
+            raise NotFinite("the policy's logits are NaN: it has diverged; lower --actor.adam.lr")
         mine |= zip(batch, responses, strict=True)
     responses = {i: response for share in ranks.gather(mine) for i, response in share.items()}
     return [responses[i] for i in range(len(ids))]
+
+
+@functools.cache
+def unknown_ids(tokenizer: Any, rows: int) -> list[int]:
+    """Ids below the number of embedding rows that are no token: other models may have no row for them."""
+    return sorted(set(range(rows)) - set(tokenizer.get_vocab().values()))
 
 
 def _generate_batch(

@@ -215,20 +215,6 @@ def test_what_checkpoints_cannot_hold_is_refused_before_the_first(tmp_path):
     prepare(tmp_path, **refused | {"ckpt.disable_ds": True})
 
 
-def test_a_step_may_not_leave_part_of_a_batch_to_the_next(tmp_path):
-    five, rest = ["text"] * 5, "the last rollout of an episode has 1 completions"
-    said = refusal(tmp_path, five, **{"train.num_episodes": 2})
-    assert rest in said and "--data.max_samples 4," in said
-    assert "a rollout has 2 completions" in refusal(tmp_path, five, **{"train.batch_size": 4})
-    for fits in (
-        {},  # one episode: nothing comes after its rest
-        {"train.num_episodes": 2, "rollout.n_samples_per_prompt": 2},
-        {"train.num_episodes": 2, "train.max_epochs": 2},
-        {"train.num_episodes": 2, "ckpt.save_steps": -1},
-    ):
-        prepare(tmp_path, five, **fits)
-
-
 def test_old_checkpoints_go_when_the_new_one_is_complete_and_no_sooner(tmp_path):
     run = saved(tmp_path, 2, 4)
     (run.root / "_actor" / "best_global_step2").mkdir()

@@ -1,0 +1,110 @@
+"""Prompts and rollouts that would be lost in part: refused, or said, at the start."""
+
+import re
+from argparse import Namespace
+
+import pytest
+from conftest import local_flags
+from transformers import AutoTokenizer
+
+from abc_plugin import cli
+from abc_plugin.config import ShapingConfig
+from abc_plugin.errors import UserError
+from abc_plugin.host.imports import import_host
+
+import_host()
+
+from abc_plugin.host.checks import preflight  # noqa: E402
+from abc_plugin.host.prompts import check_lengths, check_rollouts, read_data, rendered  # noqa: E402
+from abc_plugin.local.local_checks import parse_for_one_process  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changes", "message"),
+    [
+        (24, {}, None),
+        (18, {}, "the last rollout of an episode has 2 completions, .* give --data.max_samples 16"),
+        (20, {}, "has 4 completions, which fill no whole --train.batch_size 8 .* give --data.max_samples 16"),
+        (20, {"n_samples": 2}, None),
+        (20, {"max_epochs": 2}, None),  # the four fill a batch twice
+        (18, {"max_epochs": 4}, "has 2 completions"),  # no micro-batch
+        (6, {"batch_size": 4}, "a rollout has 6 completions, no multiple of --train.batch_size 4: OpenRLHF carries"),
+        (20, {"ranks": 2, "batch_size": 16, "n_samples": 2}, "has 8 completions, which fill no whole"),
+        (18, {"dynamic": True}, None),
+    ],
+)
+def test_no_step_leaves_a_rest(prompts, changes, message):
+    values = {"batch_size": 8, "n_samples": 1, "max_epochs": 1, "ranks": 1, "dynamic": False} | changes
+    train = Namespace(
+        batch_size=values["batch_size"],
+        micro_batch_size=4,
+        max_epochs=values["max_epochs"],
+        dynamic_batch_enable=values["dynamic"],
+    )
+    rollout = Namespace(batch_size=8, n_samples_per_prompt=values["n_samples"])
+    args = Namespace(train=train, rollout=rollout, algo=Namespace(dynamic_filtering_enable=False))
+    try:
+        check_rollouts(args, prompts, values["ranks"], saves=True)
+    except UserError as error:
+        assert message and re.search(message, str(error))
+    else:
+        assert message is None
+
+
+def test_without_checkpoints_a_carried_gradient_is_only_said(tiny, tmp_path, capsys):
+    words = {"data.max_samples": 24, "rollout.batch_size": 12}
+    args, _ = parse_for_one_process(local_flags(tiny, tmp_path, **words), ShapingConfig())
+    check_rollouts(args, 24, 1)
+    assert "a rollout has 12 completions, no multiple of --train.batch_size 8: the rest waits" in (
+        capsys.readouterr().out
+    )
+
+
+def test_local_and_ray_refuse_a_tail_before_a_model_is_read(tiny, tmp_path, capsys):
+    changes = {"data.max_samples": 18, "actor.model_name_or_path": "/nowhere/at/all"}
+    words = local_flags(tiny, tmp_path, **changes)
+    assert cli.main(["local", *words]) == 2
+    assert "give --data.max_samples 16" in capsys.readouterr().err
+    args, shaping = parse_for_one_process(words, ShapingConfig())[0], ShapingConfig()
+    with pytest.raises(UserError, match="give --data.max_samples 16"):
+        preflight(args, shaping)
+
+
+def test_prompts_that_lose_their_front_are_counted_and_empty_ones_refused(tiny, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "policy")
+
+    def check(**changes):
+        args, _ = parse_for_one_process(local_flags(tiny, tmp_path, **changes), ShapingConfig())
+        texts = rendered(args, read_data(args), tokenizer)
+        lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        check_lengths(args, texts, tokenizer)
+        return lengths, capsys.readouterr().out
+
+    lengths, said = check(**{"data.max_len": 12})
+    cut = sum(length > 4 for length in lengths)
+    assert 0 < cut < 24
+    assert f"{cut} of 24 prompts lose their front: --data.max_len 12 less --rollout.max_new_tokens 8" in said
+    assert f"leaves 4 tokens (longest {max(lengths)})" in said
+    assert check()[1] == ""
+    for template in ({"data.apply_chat_template": True}, {"data.input_template": "{} What do you say of this film?"}):
+        with pytest.raises(UserError, match="of row 1, .* tokens long, .* leaves the last 4, which are the template"):
+            check(**{"data.max_len": 12} | template)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("algo.kl.init_coef", "nan"),
+        ("actor.adam.lr", "inf"),
+        ("reward.clip_range", "nan 1"),
+        ("actor.max_norm", "inf"),
+        ("reward.clip_range", "-inf inf"),
+    ],
+)
+def test_coefficients_are_finite_and_limits_may_be_infinite(tiny, tmp_path, flag, value):
+    words = [*local_flags(tiny, tmp_path), f"--{flag}", *value.split()]
+    if "inf" in value and flag != "actor.adam.lr":
+        parse_for_one_process(words, ShapingConfig())
+        return
+    with pytest.raises(UserError, match=f"--{flag} (nan|inf) is nothing to compute with"):
+        parse_for_one_process(words, ShapingConfig())

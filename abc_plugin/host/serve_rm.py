@@ -235,11 +235,8 @@ def main(argv: list[str]) -> int:
 
 def _parsed(argv: list[str]) -> Namespace:
     from abc_plugin.host.arguments import parse
-    from abc_plugin.host.checks import check_served
 
-    args = parse(argv, "serve-rm", CLI, hierarchize=importlib.import_module(CLI).hierarchize)
-    check_served(args)
-    return args
+    return parse(argv, "serve-rm", CLI, hierarchize=importlib.import_module(CLI).hierarchize)
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -253,6 +250,9 @@ def _bound(host: str, port: int) -> socket.socket:
 
 def _load(args: Namespace) -> Any:
     """The host's loaded reward model (its RewardModelProxy)."""
+    from abc_plugin.host.checks import check_served
+
+    check_served(args)
     try:
         return importlib.import_module(CLI).RewardModelProxy(args)
     except Exception as error:  # whatever the host or transformers trip over while they load the model

@@ -62,6 +62,17 @@ def test_without_a_limit_of_its_own_a_response_ends_with_the_models_positions(po
     assert short["action_ranges"] == [(4, 32)] and long["action_ranges"] == [(20, 32)]
 
 
+def test_ids_that_are_no_token_are_never_drawn(policy):
+    model, tokenizer = policy
+    wide = copy.deepcopy(model)
+    wide.resize_token_embeddings(49200)
+    with torch.no_grad():
+        wide.lm_head.weight[49152:] = 50 * wide.lm_head.weight[:48].abs()
+    for temperature in (1.0, 0.0):
+        drawn = generate(wide, tokenizer, PROMPTS, **OPTIONS | {"temperature": temperature})
+        assert max(max(one["observation_tokens"]) for one in drawn) < 49152
+
+
 def test_a_policy_whose_logits_are_nan_ends_the_run(policy):
     model, tokenizer = policy
     broken = copy.deepcopy(model)
@@ -122,7 +133,8 @@ def test_the_end_token_closes_the_response_and_belongs_to_it(policy):
         return torch.cat([input_ids, tail], 1)
 
     ends = SimpleNamespace(eos_token_id=[eos, 5])
-    fake = SimpleNamespace(generate=output, device="cpu", generation_config=ends, base_model=None)
+    config = policy[0].config
+    fake = SimpleNamespace(generate=output, device="cpu", generation_config=ends, base_model=None, config=config)
     [response] = generate(fake, tokenizer, ["I liked"], **OPTIONS)
     assert response["observation_tokens"] == [*ids, 7, eos]
     assert response["action_ranges"] == [(2, 4)]

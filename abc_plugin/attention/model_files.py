@@ -7,6 +7,7 @@ so that what it renames, converts or ties while it loads is no difference here.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import re
@@ -39,6 +40,7 @@ from transformers.utils.logging import (
 from abc_plugin.attention.layers import skeleton
 from abc_plugin.errors import UserError
 
+CONTENTS = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py"}  # the files of a model that count
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
@@ -87,6 +89,26 @@ def read_headers(flag: str, path: str) -> dict[str, Tensor]:
                 raise UserError(f"{flag} {path}: {part} of its weights cannot be read: {reason}") from None
         return tensors
     raise UserError(f"{flag} {path} has no weights ({SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}); save the model there")
+
+
+def contents(path: str) -> str:
+    """A hash, twelve hex digits, of all that decides what a model computes and reads: weights, config, tokenizer.
+
+    Of a file above a GiB the size and 64 evenly spaced MiB of it are taken, its header among them.
+    """
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        root = Path(cached_file(path, "config.json")).parent
+    digest = hashlib.sha256()
+    for file in sorted(file for file in root.iterdir() if file.suffix in CONTENTS and file.is_file()):
+        size = file.stat().st_size
+        step = size // 64 if size > 2**30 else 2**20
+        digest.update(f"{file.name} {size}\n".encode())
+        with open(file, "rb") as data:
+            for start in range(0, size, step):
+                data.seek(start)
+                digest.update(data.read(2**20))
+    return digest.hexdigest()[:12]
 
 
 def check_weights(

@@ -5,16 +5,21 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
+import hashlib
 import importlib.util
+import json
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import CodeType, SimpleNamespace
 from typing import Any, NoReturn
 
+from abc_plugin.config import ShapingConfig
 from abc_plugin.errors import UserError
+from abc_plugin.output_directory import CONTENTS
 
 CLI = "openrlhf.cli.train_ppo_ray"
 # What the commands that run on this machine offer besides, by the host's flag: many CPUs have no fast bf16.
@@ -81,6 +86,29 @@ def flat(args: Namespace, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(value, f"{prefix}{name}.")
         elif name != "shaping":
             yield f"{prefix}{name}", value
+
+
+def flag_values(args: Namespace) -> dict[str, Any]:
+    """Every setting of a run, the host's and the plugin's, by its flag."""
+    ours = {setting.metadata["flag"]: getattr(args.shaping, setting.name) for setting in fields(ShapingConfig)}
+    return {f"--{name}": value for name, value in flat(args)} | ours
+
+
+def settings_of(args: Namespace, prompts: Iterable[object] | None = None) -> dict[str, Any]:
+    """``flag_values``, as JSON gives them back, and a hash of each model's files and, where given, of the prompts."""
+    from abc_plugin.attention.model_files import contents
+
+    values = flag_values(args)
+    if prompts is not None:
+        digest = hashlib.sha256()
+        for prompt in prompts:
+            digest.update(json.dumps(prompt).encode() + b"\n")
+        values[f"--data.prompt_dataset{CONTENTS}"] = digest.hexdigest()[:12]
+    for name, value in flat(args):
+        if name.endswith("model_name_or_path") and value:
+            values[f"--{name}{CONTENTS}"] = ",".join(map(contents, map(str.strip, value.split(","))))
+    del values["--logger.wandb.key"]  # what this returns is written down
+    return json.loads(json.dumps(values, default=str))
 
 
 def _check_finite(args: Namespace) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import PretrainedConfig
 
+from abc_plugin import output_directory
 from abc_plugin.attention import attach, model_files, scalar_head
 from abc_plugin.attention.contribution import check_last_layer
 from abc_plugin.attention.layers import skeleton
@@ -186,6 +187,19 @@ def _check_reads(
     model_files.check_reads(flag, path, config, top_id, 0 if cut else args.data.max_len, "--data.max_len")
 
 
+def check_output(args: Namespace, *, merged: str = "") -> None:
+    """No model of the run lies where it will write. merged: the directory within the output that it writes too.
+
+    Raises UserError.
+    """
+    output = args.ckpt.output_dir
+    models = {getattr(args, name).model_name_or_path: FLAGS[name] for name in ("critic", "actor")}
+    models |= dict.fromkeys(reward_models(args), FLAGS["reward"])
+    models.pop(None, None)
+    written = [output, f"{output}_critic", Path(output) / merged, *Path(args.ckpt.path).glob("*_hf")]
+    output_directory.refuse_models(written, models)
+
+
 def check_served(args: Namespace) -> None:
     """The files of a reward model that is served, which reads its own tokens. Raises UserError."""
     path, flag = args.reward.model_name_or_path, FLAGS["reward"]
@@ -272,6 +286,7 @@ def preflight(args: Namespace, shaping: ShapingConfig) -> None:
     Raises UserError as ``check_models``, and for settings that a remote reward cannot heed.
     """
     refuse_on_ray(args, shaping)
+    check_output(args)
     data = read_data(args) if Path(args.data.prompt_dataset or "").is_file() else None
     if data is not None:
         split = args.ds.ring_attn_size * args.ds.tensor_parallel_size
@@ -280,11 +295,11 @@ def preflight(args: Namespace, shaping: ShapingConfig) -> None:
         if attrgetter(source)(args):
             check_method(args, shaping, remote=f"--{source}")
             _remote(f"--{source}", shaping)
-            if not any(path and model_files.is_absent(path) for path in _paths(args)):
+            if not absent_models(args):
                 check_files(args, shaping, data, runs_here=False)
                 check_policy(args, shaping, runs_here=False)
             return
-    absent = [path for path in _paths(args) if path and model_files.is_absent(path)]
+    absent = absent_models(args)
     args.shaping_checked = not absent
     if absent and shaping.tokenizer_check == "map":
         raise UserError(f"--shaping.tokenizer_check map needs the models on the driver's machine too: {absent[0]}")
@@ -306,8 +321,10 @@ def warn_of_critic(args: Namespace, shaping: ShapingConfig) -> None:
         )
 
 
-def _paths(args: Namespace) -> list[str | None]:
-    return [args.actor.model_name_or_path, args.critic.model_name_or_path, *reward_models(args)]
+def absent_models(args: Namespace) -> list[str]:
+    """The models that are not on this machine."""
+    paths = (args.actor.model_name_or_path, args.critic.model_name_or_path, *reward_models(args))
+    return [path for path in paths if path and model_files.is_absent(path)]
 
 
 def _remote(source: str, shaping: ShapingConfig) -> None:

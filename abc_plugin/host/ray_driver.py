@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 from argparse import Namespace
 
 from abc_plugin.config import add_flags, split_flags
 from abc_plugin.credit import methods
 from abc_plugin.errors import CreditError, UserError, WorkerDied
-from abc_plugin.host.arguments import parse
+from abc_plugin.host.arguments import parse, settings_of
 from abc_plugin.host.imports import import_cluster_host
+from abc_plugin.output_directory import claimed
 
 ON_CPU = "--on_cpu"
 
@@ -18,7 +20,7 @@ ON_CPU = "--on_cpu"
 def main(argv: list[str]) -> int:
     """Train; returns the exit status. Raises UserError for what can be refused before Ray is asked for a GPU."""
     args = parsed(argv)  # with --help the host's parser prints its part and ends here
-    from abc_plugin.host.checks import preflight
+    from abc_plugin.host.checks import absent_models, preflight
     from abc_plugin.host.install import install
 
     on_cpu, shaping = ON_CPU in argv, args.shaping
@@ -29,7 +31,9 @@ def main(argv: list[str]) -> int:
     print(f"abc_plugin: reward shaping {shaping.method}{dense}", flush=True)
     if on_cpu and not importlib.import_module("ray").is_initialized():
         importlib.import_module("abc_plugin.host.on_cpu").start()
-    return _train(args)
+    # Where a model is not on this machine, nor need the directories be that the workers write.
+    with contextlib.nullcontext() if absent_models(args) else claimed(args, settings_of(args)):
+        return _train(args)
 
 
 def parsed(argv: list[str]) -> Namespace:

@@ -7,42 +7,28 @@ is written last and names every file with its size: without it, or with a file t
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
-import os
 import re
 import shutil
 import time
 import zipfile
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from abc_plugin import __version__
-from abc_plugin.config import ShapingConfig
 from abc_plugin.errors import UserError
-from abc_plugin.host.arguments import flat
 from abc_plugin.local.ranks import current_rank
+from abc_plugin.output_directory import differences, write_atomically
 
 PARTS = ("_actor", "_critic", "complete")
 TAG = re.compile(r"global_step(\d+)")
 PACKAGES = ("openrlhf", "torch", "transformers", "deepspeed")  # another version of them warns
-
-# Settings that do not shape the curve, by the beginning of their names; all others must be those of the checkpoint.
-MAY_CHANGE = (
-    "ckpt.",
-    "logger.",
-    "vllm.",  # there are no engines
-    "local_rank",
-    "shaping.show_",
-    "local.merge_adapter",
-    "train.num_episodes",  # a run may be made longer or shorter; that the learning rate's schedule changes is printed
-)
 
 
 @dataclass
@@ -185,15 +171,13 @@ class Checkpoints:
                 f"state is split among them; start it with {manifest['ranks']}"
             )
         then, now = manifest["settings"], self.settings
-        changed = [name for name in then if name in now and then[name] != now[name]]
-        refused = [name for name in changed if not name.removeprefix("--").startswith(MAY_CHANGE)]
-        if refused:
-            differences = ", ".join(f"{name} {then[name]} (now {now[name]})" for name in refused)
+        if changed := differences(then, now):
             raise UserError(
-                f"{directory} was made with other settings: {differences}; give them as they were, or another "
+                f"{directory} was made with other settings: {', '.join(changed)}; give them as they were, or another "
                 "--ckpt.path to start anew"
             )
-        if (name := "--train.num_episodes") in changed:
+        name = "--train.num_episodes"
+        if then.get(name) != now.get(name):
             _print(
                 f"{name} was {then[name]} and is {now[name]}: the learning rate follows the new schedule from here on"
             )
@@ -205,29 +189,34 @@ class Checkpoints:
                 )
 
 
-def prepare(args: Namespace, prompts: Sequence[object]) -> Checkpoints:
+def saves(args: Namespace) -> bool:
+    """Whether the run saves checkpoints from which one can go on."""
+    return args.ckpt.save_steps > 0 and not args.ckpt.disable_ds
+
+
+def prepare(args: Namespace, settings: dict[str, Any]) -> Checkpoints:
     """Decide, before a model is loaded, where the run starts; sets ``args.ckpt.load_enable`` to whether it resumes.
 
     A run that resumes keeps its name, so that its curves stay one. Raises UserError when it cannot resume as asked,
     and when it would write among another run's checkpoints.
     """
-    load, saves = args.ckpt.load_enable, args.ckpt.save_steps > 0 and not args.ckpt.disable_ds
-    run = Checkpoints(Path(args.ckpt.path), settings_of(args, prompts), current_rank().count, load=load)
-    _check_kind(args, run, saves)
+    load = args.ckpt.load_enable
+    run = Checkpoints(Path(args.ckpt.path), settings, current_rank().count, load=load)
+    _check_kind(args, run)
     if load:
         run.resume()
         args.ckpt.load_enable = run.step > 0
-    elif saves and (steps := run.steps()):
+    elif saves(args) and (steps := run.steps()):
         raise UserError(
             f"--ckpt.path {run.root} has a run's checkpoints, the last of step {steps[0]}: add --ckpt.load_enable to "
             "go on from it, or give another directory, or remove this one"
         )
-    if (saves or run.step) and current_rank().index == 0:
+    if (saves(args) or run.step) and current_rank().index == 0:
         args.logger.wandb.run_name = run.claim(args.logger.wandb.run_name)
     return run
 
 
-def _check_kind(args: Namespace, run: Checkpoints, saves: bool) -> None:
+def _check_kind(args: Namespace, run: Checkpoints) -> None:
     """From checkpoints of the kind asked for, or there already, a run can resume to the bit."""
     options, ours = args.ckpt, (run.root / "complete").is_dir()
     weights = sorted(run.root.glob("global_step*_hf"), key=lambda path: path.stat().st_mtime)
@@ -236,7 +225,7 @@ def _check_kind(args: Namespace, run: Checkpoints, saves: bool) -> None:
         raise UserError(
             f"--ckpt.load_enable cannot go on from {run.root}: --ckpt.disable_ds saves no optimiser; {remedy}"
         )
-    if not (options.load_enable or saves):
+    if not (options.load_enable or saves(args)):
         return
     if args.ds.use_universal_ckpt:
         raise UserError("--ds.use_universal_ckpt: this driver goes on only from checkpoints of its own; leave it out")
@@ -250,21 +239,6 @@ def _check_kind(args: Namespace, run: Checkpoints, saves: bool) -> None:
             f"--ckpt.path {run.root} has checkpoints that abc-rlhf local did not write: their data order and random "
             "numbers are unknown; give another directory"
         )
-
-
-def flag_values(args: Namespace) -> dict[str, Any]:
-    """Every setting of a run, the host's and the plugin's, by its flag."""
-    ours = {setting.metadata["flag"]: getattr(args.shaping, setting.name) for setting in fields(ShapingConfig)}
-    return {f"--{name}": value for name, value in flat(args)} | ours
-
-
-def settings_of(args: Namespace, prompts: Iterable[object]) -> dict[str, Any]:
-    """``flag_values``, as JSON gives them back, and a hash of the prompts."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(json.dumps(prompt).encode() + b"\n")
-    values = flag_values(args) | {"--data.prompt_dataset (contents)": digest.hexdigest()[:12]}
-    return json.loads(json.dumps(values, default=str))
 
 
 def versions() -> dict[str, str]:
@@ -281,16 +255,6 @@ def _is_altered(path: Path) -> bool:
             return parts.testzip() is not None
     except zipfile.BadZipFile:
         return True
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that after a kill it is there as a whole or not at all."""
-    part = path.with_suffix(".part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def _print(line: str) -> None:

@@ -32,7 +32,8 @@ SEED = "train.seed"
 def answer(question: dict[str, Any]) -> dict[str, Any]:
     """The answer to a question; see the module's text. An error without ``run`` is of the names."""
     import_host()
-    from abc_plugin.local.checkpoints import flag_values, versions
+    from abc_plugin.host.arguments import flag_values
+    from abc_plugin.local.checkpoints import versions
 
     driver, names, commands = question["driver"], question["names"], question["commands"]
     values, steps, checked = [], [], {}

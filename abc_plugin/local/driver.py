@@ -20,12 +20,14 @@ from datasets import Dataset
 from openrlhf.cli import train_ppo_ray
 from tqdm import tqdm
 
+from abc_plugin import output_directory
 from abc_plugin.credit.methods import policy_need
 from abc_plugin.host import checks
+from abc_plugin.host.arguments import settings_of
 from abc_plugin.host.prompts import check_rollouts
 from abc_plugin.host.worker import CreditPolicyModel, CreditRewardModel, RestoredCritic
 from abc_plugin.local import frozen, local_checks, lora, ranks
-from abc_plugin.local.checkpoints import prepare
+from abc_plugin.local.checkpoints import prepare, saves
 from abc_plugin.local.in_process import IN_PROCESS_RAY, InProcessClass, InProcessGroup
 from abc_plugin.local.trainer import LocalPPOTrainer, local_strategy, timing_sentence
 
@@ -33,18 +35,22 @@ from abc_plugin.local.trainer import LocalPPOTrainer, local_strategy, timing_sen
 def run(args: Namespace, ignored: list[str]) -> int:
     """Check everything, then train; returns the exit status. Raises UserError for what a check refuses."""
     data, shaping = check(args), args.shaping
-    args.checkpoints = prepare(args, data[args.data.input_key])
-    if ignored:
-        print(f"abc-rlhf local: no cluster, so these are ignored: {' '.join(ignored)}")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    if (count := ranks.current_rank().count) > 1:
-        device = f"{count} ranks with ZeRO-{args.ds.zero_stage}, each on {device}"
-    if args.ds.param_dtype == "bf16" and not (torch.cuda.is_available() or _fast_bf16()):
-        print("abc-rlhf local: this CPU has no fast bf16: --ds.param_dtype fp32 would be many times faster")
-    dense = f", beta {shaping.beta:g}" if shaping.dense else ""
-    print(f"abc-rlhf local: {len(data)} prompts, reward shaping {shaping.method}{dense}, {device}")
-    checks.warn_of_critic(args, shaping)
-    return _train(args)
+    settings = settings_of(args, data[args.data.input_key])
+    first = ranks.current_rank().index == 0
+    with output_directory.claimed(args, settings) if first else contextlib.nullcontext():
+        args.checkpoints = prepare(args, settings)
+        if ignored:
+            print(f"abc-rlhf local: no cluster, so these are ignored: {' '.join(ignored)}")
+        device = f"CPU, {torch.get_num_threads()} threads"
+        if torch.cuda.is_available():
+            device = torch.cuda.get_device_name()
+        if (count := ranks.current_rank().count) > 1:
+            device = f"{count} ranks with ZeRO-{args.ds.zero_stage}, each on {device}"
+        if args.ds.param_dtype == "bf16" and not (torch.cuda.is_available() or _fast_bf16()):
+            print("abc-rlhf local: this CPU has no fast bf16: --ds.param_dtype fp32 would be many times faster")
+        dense = f", beta {shaping.beta:g}" if shaping.dense else ""
+        print(f"abc-rlhf local: {len(data)} prompts, reward shaping {shaping.method}{dense}, {device}")
+        return _train(args)
 
 
 def _fast_bf16() -> bool:
@@ -59,17 +65,17 @@ def check(args: Namespace) -> Dataset:
     ranks.take_device()
     data = local_checks.check_data(args)
     local_checks.check_batches(args, len(data))
-    saves = args.ckpt.save_steps > 0 and not args.ckpt.disable_ds
-    check_rollouts(args, len(data), ranks.current_rank().count, saves=saves)
+    check_rollouts(args, len(data), ranks.current_rank().count, saves=saves(args))
     checks.check_models(args, args.shaping, data)
     frozen.check_settings(args, args.shaping)
     local_checks.check_lora_targets(args)
+    checks.check_output(args, merged=lora.MERGED)
     return data
 
 
 def _train(args: Namespace) -> int:
     output, rank = Path(args.ckpt.output_dir), ranks.current_rank().index
-    output.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)  # for the ranks that do not lock it
     log_file = output / (f"run.rank{rank}.log" if rank else "run.log")
     print(f"abc-rlhf local: loading models; details in {log_file}", flush=True)
     if rank:  # one writer

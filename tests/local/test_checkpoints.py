@@ -10,6 +10,7 @@ import torch
 
 from abc_plugin.config import ShapingConfig
 from abc_plugin.errors import UserError
+from abc_plugin.host.arguments import settings_of
 from abc_plugin.host.imports import import_host
 from abc_plugin.local import checkpoints
 from abc_plugin.local.checkpoints import Checkpoints
@@ -40,6 +41,7 @@ def arguments(path, **changes):
         "actor.adam.lr": 1e-3,
         "actor.adam.betas": (0.9, 0.95),
         "logger.wandb.run_name": "ppo_now",
+        "logger.wandb.key": "secret",
     } | changes
     root = SimpleNamespace(shaping=ShapingConfig())
     for name, value in flat.items():
@@ -60,7 +62,7 @@ def write(run, step, parts=checkpoints.PARTS):
 
 def saved(path, *steps, **changes):
     """Complete checkpoints of these steps."""
-    run = checkpoints.prepare(arguments(path, **changes), PROMPTS)
+    run = prepare(path, **changes)[0]
     for step in steps:
         run.begin(step)
         write(run, step)
@@ -70,7 +72,7 @@ def saved(path, *steps, **changes):
 
 def prepare(path, prompts=PROMPTS, **changes):
     args = arguments(path, **changes)
-    return checkpoints.prepare(args, prompts), args
+    return checkpoints.prepare(args, settings_of(args, prompts)), args
 
 
 def refusal(path, prompts=PROMPTS, **changes):
@@ -161,6 +163,20 @@ def test_another_configuration_is_refused_with_every_flag_that_differs(tmp_path)
     assert "--data.prompt_dataset (contents) " in said
     assert "betas" not in said
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_models_and_prompts_go_by_what_they_contain(tmp_path):
+    models = [tmp_path / name for name in ("old", "moved", "other")]
+    for model, text in zip(models, ("a", "a", "b"), strict=True):
+        model.mkdir()
+        (model / "chat_template.jinja").write_text(text)
+    old, moved, other = ({"actor.model_name_or_path": str(model)} for model in models)
+    saved(tmp_path / "run", 2, **old)
+    assert prepare(tmp_path / "run", **moved)[0].step == 2
+    assert "secret" not in (tmp_path / "run/complete/global_step2/manifest.json").read_text()
+    assert "--actor.model_name_or_path (contents)" in refusal(tmp_path / "run", **other)
+    (models[0] / "chat_template.jinja").write_text("b")  # the same path
+    assert "--actor.model_name_or_path (contents)" in refusal(tmp_path / "run", **old)
 
 
 def test_what_shapes_no_curve_may_change(tmp_path, capsys):

@@ -24,6 +24,7 @@ from abc_plugin.credit.methods import policy_need
 from abc_plugin.errors import NotFinite
 from abc_plugin.host.checks import check_models
 from abc_plugin.host.install import undecorated
+from abc_plugin.host.model_files import adapter_base
 from abc_plugin.text.check import load_tokenizer
 from abc_plugin.text.compare import compare
 from abc_plugin.text.mapping import MappedBatch, map_batch
@@ -42,9 +43,11 @@ class OwnTokens:
 
     def __init__(self, args: Namespace, reward_model: str) -> None:
         fast = not args.data.disable_fast_tokenizer
-        policy, own = (load_tokenizer(path, use_fast=fast) for path in (args.actor.model_name_or_path, reward_model))
-        self.needed = bool(compare(policy, own).incompatibilities())
-        self.tokenizers = (policy.tokenizer, own.tokenizer)
+        policy_path = adapter_base(args.actor.model_name_or_path) or args.actor.model_name_or_path
+        policy, own = (load_tokenizer(path, use_fast=fast) for path in (policy_path, reward_model))
+        other_ends = {*policy.generation_ends} - {own.tokenizer.eos_token_id}  # ids that are text to the model
+        self.needed = bool(other_ends or compare(policy, own).incompatibilities())
+        self.tokenizers, self.ends = (policy.tokenizer, own.tokenizer), policy.ends
         config = AutoConfig.from_pretrained(reward_model, trust_remote_code=True)
         self.max_length = min(own.tokenizer.model_max_length, getattr(config, "max_position_embeddings", 10**9))
         self.text = args.shaping.reward_text
@@ -61,6 +64,7 @@ class OwnTokens:
             max_length=self.max_length,
             special_tokens=self.text == "special",
             messages_B=turns,
+            ends=self.ends,
         )
 
 

@@ -22,6 +22,7 @@ from abc_plugin.errors import NotFinite, UserError
 from abc_plugin.local import frozen, ranks
 from abc_plugin.local.in_process import memory_remedy
 from abc_plugin.local.ranks import gather_zero3
+from abc_plugin.text.compare import end_ids
 
 
 class Draw(LogitsProcessor):
@@ -75,7 +76,7 @@ def generate(
     for prompt, tokens in zip(prompts, ids, strict=True):
         if not tokens:
             raise UserError(f"the prompt {prompt!r} has no tokens; remove it from --data.prompt_dataset")
-    ends = sorted({tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)})
+    ends = end_ids(tokenizer.eos_token_id, model.generation_config.eos_token_id)
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
     uniform_NT = torch.rand(len(ids), max_new_tokens or max_len, generator=generator, dtype=torch.float64)
     unknown = unknown_ids(tokenizer, model.config.get_text_config().vocab_size)
@@ -106,7 +107,7 @@ def _generate_batch(
     tokenizer: Any,
     prompts: list[list[int]],
     processors: list[LogitsProcessor],
-    ends: list[int],
+    ends: tuple[int, ...],
     max_new_tokens: int,
     max_len: int,
 ) -> list[dict]:
@@ -122,7 +123,7 @@ def _generate_batch(
             min_new_tokens=1,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=ends,
+            eos_token_id=list(ends),
             use_cache=True,
             synced_gpus=False,  # no rank needs another to generate, under ZeRO-3 neither (``ready_to_generate``)
             logits_processor=processors,
@@ -148,7 +149,7 @@ def _batches(ids: list[list[int]], batch_size: int, ranks: int, by_length: bool 
     return [part.tolist() for part in np.array_split(order, parts)]
 
 
-def _response(prompt: list[int], tokens: list[int], ends: list[int]) -> dict:
+def _response(prompt: list[int], tokens: list[int], ends: tuple[int, ...]) -> dict:
     end = next((at for at, token in enumerate(tokens) if token in ends), None)
     response = tokens if end is None else tokens[: end + 1]
     return {
@@ -156,10 +157,6 @@ def _response(prompt: list[int], tokens: list[int], ends: list[int]) -> dict:
         "action_ranges": [(len(prompt), len(prompt) + len(response))],
         "truncated": end is None,
     }
-
-
-def _as_list(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def rows_at_once(model: torch.nn.Module, micro_batch_size: int) -> int:

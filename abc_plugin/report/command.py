@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from abc_plugin.errors import UserError
 
 try:
     from abc_plugin.report.page import Content, draw_curves, headline, render
-    from abc_plugin.report.records import FILE, read_records
+    from abc_plugin.report.records import FILE, Record, read_records
     from abc_plugin.report.runs import FOOTNOTE, Run, comparison, read_run
     from abc_plugin.report.samples import read_samples
 except ModuleNotFoundError as error:
@@ -43,17 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the two files, print the comparison and one line with their paths.
 
+    What the run recorded beside its curves is left out with a note where it is damaged.
     Raises UserError on a missing run, a run without events, and malformed samples or labels.
     """
     main, runs = _runs(args.run_dir, args.compare)
-    recorded = Path(args.run_dir) / FILE
-    records, notes = read_records(recorded) if recorded.exists() else ([], [])
+    records, notes = _recorded(Path(args.run_dir) / FILE)
+    summary, broken = _read_summary(Path(args.run_dir) / "summary.json")
+    for note in notes + broken:
+        print(f"abc-rlhf report: {note}", file=sys.stderr)
     content = Content(
         run=main,
         runs=runs,
         before=read_samples(args.before) if args.before else [],
         after=read_samples(args.after) if args.after else [],
-        summary=_read_summary(Path(args.run_dir) / "summary.json"),
+        summary=summary,
         command=_command_line(args),
         records=records,
         notes=notes,
@@ -92,17 +96,27 @@ def _runs(run_dir: str, compare_words: list[str]) -> tuple[Run, list[Run]]:
     return next(run for run in runs if run.label == own), runs
 
 
-def _read_summary(path: Path) -> dict[str, Any]:
-    """The driver's flat summary; empty when the run has none."""
+def _recorded(path: Path) -> tuple[list[Record], list[str]]:
+    """The run's completions and notes on them; whatever is wrong with them, the curves are drawn."""
     if not path.exists():
-        return {}
+        return [], []
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({error}); remove it or train again") from None
+        return read_records(path)
+    except UserError as error:
+        return [], [f"{error}; left out"]
+
+
+def _read_summary(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The driver's flat summary, empty when the run has none, and a note where it is left out."""
+    if not path.exists():
+        return {}, []
+    try:
+        summary = json.loads(path.read_bytes())
+    except ValueError as error:
+        return {}, [f"{path} is not JSON ({error}); left out"]
     if not isinstance(summary, dict):
-        raise UserError(f"{path} is not a JSON object of names and values; remove it or train again")
-    return summary
+        return {}, [f"{path} is not a JSON object of names and values; left out"]
+    return summary, []
 
 
 def _write(out: Path, html: str, png: bytes) -> tuple[Path, Path]:

@@ -25,9 +25,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from abc_plugin.errors import UserError
+from abc_plugin.jsonl import read_jsonl
 from abc_plugin.report import samples
-from abc_plugin.report.jsonl import read_jsonl
 
 FILE = "completions.jsonl"
 FLAG = "--shaping.show_every"
@@ -91,7 +90,7 @@ def read_records(path: str | Path) -> tuple[list[Record], list[str]]:
     """The records of a file by step, and a note for each thing a reader should know.
 
     A resumed run repeats the steps after its checkpoint: from its first step on, a later process replaces what earlier
-    ones wrote. A line cut short, as a killed process leaves it, is skipped with a note.
+    ones wrote. A line cut short, as a killed process leaves it, is skipped with a note; so is a file without a record.
     Raises UserError, naming file and line, on anything else that is no record.
     """
     cut: list[str] = []
@@ -102,10 +101,9 @@ def read_records(path: str | Path) -> tuple[list[Record], list[str]]:
         if kept and record.run != kept[-1].run:
             kept = [old for old in kept if old.step < record.step]
         kept.append(record)
-    if not kept:
-        what = f"{len(cut)} lines, none a record" if cut else "nothing"
-        raise UserError(f"{path} holds {what}; train with {FLAG} N to record completions every N steps")
     notes = [f"{where} is cut short, as when a run is killed, and was skipped" for where in cut]
+    if not kept:
+        notes.append(f"{path} holds no record; train with {FLAG} N to record completions every N steps")
     return sorted(kept, key=lambda record: record.step), notes
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from abc_plugin.errors import UserError
-from abc_plugin.report.jsonl import read_jsonl
+from abc_plugin.jsonl import read_jsonl
 
 Item = TypeVar("Item")
 

@@ -77,7 +77,10 @@ def _read(run_dir: str) -> tuple[Path, list[Sample], list[str]]:
     if not path.exists():
         raise UserError(f"{run_dir} has no {FILE}; runs record completions unless {FLAG} is 0")
     if path.name == FILE:
-        return path, *read_records(path)
+        records, notes = read_records(path)
+        if not records:
+            raise UserError(notes[-1])
+        return path, records, notes
     return path, read_samples(path), []
 
 

@@ -18,7 +18,7 @@ WIDTH, HEIGHT = 600, 60  # of a chart, in its own units; it is stretched to the 
 def section(records: list[Record], notes: list[str]) -> Markup:
     """The page's part on training: the recorded steps, all or evenly spaced, the last one open."""
     if not records:
-        return Markup()
+        return html.render("report/templates/training.html", notes=notes, steps={}) if notes else Markup()
     steps = by_step(records)
     tokens = sum(len(record.tokens) for record in records)
     shown = evenly_spaced(list(steps), max(2, len(steps) * TOKENS // max(tokens, 1)))

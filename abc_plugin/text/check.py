@@ -12,7 +12,8 @@ from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from abc_plugin.errors import UserError
-from abc_plugin.text.compare import COMPATIBLE, INCOMPATIBLE, SAME, Comparison, ModelTokenizer, compare
+from abc_plugin.jsonl import read_jsonl
+from abc_plugin.text.compare import COMPATIBLE, INCOMPATIBLE, SAME, Comparison, ModelTokenizer, compare, end_ids
 
 VERDICTS = {  # its colour and what it means
     SAME: ("green", "the same: the same text has the same ids"),
@@ -56,8 +57,8 @@ def load_tokenizer(path: str, *, use_fast: bool = True) -> ModelTokenizer:
         # transformers makes one from the configuration alone where the files are missing, and only warns.
         raise UserError(f"{path} has no tokenizer files, only a configuration; save its tokenizer beside it")
     rows = _configured(AutoConfig, path, "vocab_size")
-    ends = _configured(GenerationConfig, path, "eos_token_id") or []
-    return ModelTokenizer(tokenizer, rows, tuple([ends] if isinstance(ends, int) else ends))
+    ends = (end_ids(_configured(kind, path, "eos_token_id")) for kind in (GenerationConfig, AutoConfig))
+    return ModelTokenizer(tokenizer, rows, *ends)
 
 
 def _configured(kind: Any, path: str, name: str) -> Any:
@@ -70,22 +71,15 @@ def _configured(kind: Any, path: str, name: str) -> Any:
 
 def read_prompts(path: Path, key: str, tokenizer: Any) -> list[str]:
     """The prompts as the policy is given them; lists of messages by its chat template. Raises UserError on others."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--data {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if not lines:
+    rows = read_jsonl(path, "give --data a file with one JSON object a line")
+    if not rows:
         raise UserError(f"--data {path} has no prompts")
-    return [_prompt(line, key, tokenizer, f"--data {path}, line {number}") for number, line in enumerate(lines, 1)]
+    return [_prompt(row, key, tokenizer, where) for where, row in rows]
 
 
-def _prompt(line: str, key: str, tokenizer: Any, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is no JSON ({error.msg}); give one object a line") from None
-    if not isinstance(row, dict) or key not in row:
-        raise UserError(f"{where} has no key {key!r}; set --input_key")
+def _prompt(row: dict[str, Any], key: str, tokenizer: Any, where: str) -> str:
+    if key not in row:
+        raise UserError(f"{where}: no key {key!r}, only {', '.join(row) or 'none'}; set --input_key")
     prompt = row[key]
     if isinstance(prompt, list):
         try:

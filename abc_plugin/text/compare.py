@@ -71,7 +71,13 @@ class ModelTokenizer:
 
     tokenizer: Any
     embedding_rows: int | None = None  # may exceed the vocabulary
-    generation_ends: tuple[int, ...] = ()  # ids that end a generated sequence
+    generation_ends: tuple[int, ...] = ()  # ids that end a generated sequence, by its generation_config
+    config_ends: tuple[int, ...] = ()  # those of its config, which count where there is no generation_config
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Every id that may end a generated sequence."""
+        return end_ids(self.tokenizer.eos_token_id, self.generation_ends, self.config_ends)
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
@@ -103,6 +109,11 @@ class ModelTokenizer:
 
     def name(self, index: int | None) -> str:
         return "none" if index is None else f"{index} ({self.tokenizer.convert_ids_to_tokens(index)!r})"
+
+
+def end_ids(*ids: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The ids among eos_token_id as tokenizers and configurations have it: one id, several, or none."""
+    return tuple(sorted({one for part in ids for one in ([part] if isinstance(part, int) else part or ())}))
 
 
 def compare(policy: ModelTokenizer, reward_model: ModelTokenizer, prompts: Sequence[str] = ()) -> Comparison:

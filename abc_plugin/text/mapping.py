@@ -62,6 +62,7 @@ def map_batch(
     max_length: int | None = None,
     special_tokens: bool = False,
     messages_B: Sequence[Messages] | None = None,
+    ends: Sequence[int] = (),
 ) -> MappedBatch:
     """Decode the policy's sequences and encode the text for the reward model.
 
@@ -69,9 +70,10 @@ def map_batch(
     The text is what OpenRLHF sends to a remote reward model: the whole sequence decoded with its special tokens. Given
     ``messages_B`` (the turns before each reply, as ``apply_chat_template`` takes them), it is instead the reward
     model's own chat template around the reply; all that the template puts before the reply counts as prompt.
-    End of sequence: where the policy's last token is its EOS, the reward model's sequence ends in *its* EOS (once),
-    and what it gives that (with a template: all behind the reply) comes back to the policy's EOS. A reply that was cut
-    off gets no EOS and an open turn, as it does from a reward model with the policy's tokenizer.
+    End of sequence: where the policy's last token is its EOS or another of ``ends``, it is no text, and the reward
+    model's sequence ends in *its* EOS (once); what it gives that (with a template: all behind the reply) comes back to
+    the policy's last token. A reply that was cut off gets no EOS and an open turn, as it does from a reward model with
+    the policy's tokenizer.
     special_tokens: whether the reward model's tokenizer adds its own (BOS, CLS, …); OpenRLHF trains without them.
     max_length: longer sequences lose their front, so that the score is still read behind the reply; default the
     tokenizer's model_max_length.
@@ -85,7 +87,9 @@ def map_batch(
         columns = mask_S.nonzero().flatten()
         turns = None if messages_B is None else messages_B[b]
         policy_ids = sequences_BS[b].cpu()[columns].tolist()
-        shown = _shown_text(policy, reward_model, policy_ids, action_BS[b][columns], turns)
+        action_S = action_BS[b][columns]
+        ended = bool(policy_ids) and policy_ids[-1] in (policy.eos_token_id, *ends) and bool(action_S[-1])
+        shown = _shown_text(policy, reward_model, policy_ids, action_S, turns, ended)
         ids, spans_L2, truncated = encoder(shown)
         pairs = pair(spans_L2, shown.spans_S2)
         pairs_B.append(pairs._replace(target_P=columns.numpy()[pairs.target_P]))
@@ -105,9 +109,8 @@ class _ShownText(NamedTuple):
 
 
 def _shown_text(
-    policy: Any, reward_model: Any, ids: list[int], action_S: Tensor, turns: Messages | None
+    policy: Any, reward_model: Any, ids: list[int], action_S: Tensor, turns: Messages | None, ended: bool
 ) -> _ShownText:
-    ended = bool(ids) and ids[-1] == policy.eos_token_id and bool(action_S[-1])
     text, spans = token_spans(policy, ids[:-1] if ended else ids)
     text, spans_S2, length = SURROGATE.sub("\ufffd", text), spans.numpy(), len(text)
     if turns is not None and action_S.any():

@@ -271,23 +271,39 @@ def test_recorded_completions_are_reported_with_what_was_skipped(tmp_path):
     assert "Step 1: 1 completion with scores 1.50" in html and "completions.jsonl:3 is cut short" in html
 
 
+@pytest.mark.parametrize(
+    ("content", "note"),
+    [
+        (b"", "completions.jsonl holds no record; train with --shaping.show_every"),
+        ('{"run": "é'.encode()[:-1], "completions.jsonl:1 is cut short"),
+        (b'{"a": 1}\n', "completions.jsonl:1: lacks run, step"),
+    ],
+)
+def test_damaged_completions_and_summaries_leave_the_curves(tmp_path, capsys, content, note):
+    run = make_run(tmp_path / "run")
+    (tmp_path / "run" / "completions.jsonl").write_bytes(content)
+    (tmp_path / "run" / "summary.json").write_bytes(content)
+    assert cli.main(["report", run]) == 0
+    assert note in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    said = capsys.readouterr().err
+    assert note in said and ("summary.json is not JSON" in said or b"a" in content)
+    assert cli.main(["show", run]) == 2 and "completions.jsonl" in capsys.readouterr().err
+
+
 def test_bad_input_is_one_line_and_exit_2(tmp_path, capsys):
     run, empty = make_run(tmp_path / "run"), tmp_path / "empty"
     (empty / "tensorboard").mkdir(parents=True)
     write_events(tmp_path / "odd" / "tensorboard", {"eval/x": [(1, 1.0)]})
-    broken = make_run(tmp_path / "broken")
-    (tmp_path / "broken" / "summary.json").write_text("[1]")
     one, two = (write_samples(tmp_path / f"{name}.jsonl", [sample(name)]) for name in ("one", "two"))
     for arguments, message in (
         ([str(tmp_path / "absent")], "absent does not exist"),
         ([str(empty)], "no TensorBoard scalars"),
         ([str(tmp_path / "odd")], "is it a PPO run"),
-        ([broken], "summary.json is not a JSON object"),
         ([run, "--before", str(tmp_path / "absent.jsonl")], "absent.jsonl"),
         ([run, "--before", one, "--after", two], "no prompt in common"),
         ([run, "--compare", "abc"], "'abc' is not LABEL=RUN_DIR"),
         ([run, "--compare", f"a={run}", f"a={run}"], "two runs labelled 'a'"),
-        ([run, "--compare", f"run={broken}"], "also the name of RUN_DIR"),
+        ([run, "--compare", f"run={empty}"], "also the name of RUN_DIR"),
         ([run, "--compare", "gone=nowhere"], "nowhere does not exist"),
         ([run, "--out", one], "choose another --out"),
     ):

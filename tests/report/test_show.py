@@ -147,8 +147,8 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, capsys):
     for arguments, message in (
         ([tmp_path / "absent"], "absent does not exist"),
         ([empty], "has no completions.jsonl; runs record completions unless --shaping.show_every is 0"),
-        ([tmp_path / "foreign"], "holds 1 lines, none a record"),
-        ([tmp_path / "nothing"], "holds nothing; train with --shaping.show_every"),
+        ([tmp_path / "foreign"], "foreign/completions.jsonl holds no record"),
+        ([tmp_path / "nothing"], "holds no record; train with --shaping.show_every"),
         ([tmp_path / "run", "--step", 7], "--step 7 was not recorded; recorded steps: 1, 10"),
         ([tmp_path / "run", "--sample", 3], "--sample 3 is not there; samples: 7"),
         ([evaluated, "--step", 1], "not of a training run and has no steps"),

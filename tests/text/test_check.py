@@ -5,7 +5,7 @@ import json
 
 import pytest
 from tokenizer_zoo import load
-from transformers import LlamaConfig
+from transformers import GenerationConfig, LlamaConfig
 
 from abc_plugin.errors import UserError
 from abc_plugin.text import check
@@ -60,22 +60,36 @@ def test_text_of_a_prompt_is_not_obeyed_by_the_terminal(models, tmp_path, capsys
     assert "\x1b[31m" not in capsys.readouterr().out
 
 
+def test_prompts_are_read_as_training_reads_them(tmp_path):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('\ufeff{"input": "a\u2028b"}\n', encoding="utf-8")
+    assert check.read_prompts(data, "input", None) == ["a\u2028b"]
+
+
 def test_lists_of_messages_are_read_in_the_policys_template():
     tokenizer = type(load("gpt2"))(vocab={"a": 0}, merges=[])
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ 'go' }}"
-    line = json.dumps({"input": [{"role": "user", "content": "Hi"}]})
-    assert check._prompt(line, "input", tokenizer, "") == "<user>Higo"
+    row = {"input": [{"role": "user", "content": "Hi"}]}
+    assert check._prompt(row, "input", tokenizer, "") == "<user>Higo"
+
+
+def test_every_end_of_a_generated_sequence_is_known(tmp_path):
+    load("smollm2").save_pretrained(tmp_path)
+    LlamaConfig(eos_token_id=[5, 6]).save_pretrained(tmp_path)
+    assert check.load_tokenizer(str(tmp_path)).ends == (2, 5, 6)
+    GenerationConfig(eos_token_id=[2, 0]).save_pretrained(tmp_path)
+    assert check.load_tokenizer(str(tmp_path)).ends == (0, 2, 5, 6)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read: No such file"),
+        (None, "cannot read .*: No such file"),
         ("", "has no prompts"),
-        ("no json\n", "line 1 is no JSON"),
-        ('{"input": "a"}\n{"text": "b"}\n', "line 2 has no key 'input'; set --input_key"),
-        ('{"input": 3}\n', "line 1: '3' is no text"),
-        ('{"input": "\\ud800"}\n', "line 1 has half of a surrogate pair"),
+        ("no json\n", ":1: not JSON"),
+        ('{"input": "a"}\n{"text": "b"}\n', ":2: no key 'input', only text; set --input_key"),
+        ('{"input": 3}\n', ":1: '3' is no text"),
+        ('{"input": "\\ud800"}\n', ":1 has half of a surrogate pair"),
         ('{"input": [{"role": "user", "content": "Hi"}]}\n', "chat template refuses it"),
     ],
 )

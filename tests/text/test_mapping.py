@@ -117,13 +117,15 @@ def test_a_token_across_the_border_gives_each_side_its_characters():
     assert out[:, -1].tolist() == pytest.approx([2 / 5]) and out.sum().item() == pytest.approx(1) and moved.item() == 0
 
 
-def test_the_policys_end_becomes_the_reward_models_and_back():
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
+def test_every_end_of_the_policys_becomes_the_reward_models_and_back(end):
+    """Its tokenizer's own, and one that its configuration alone names."""
     policy, reward_model = load("smollm2"), load("mistral-v1")
     response = encode(policy, " good")
-    end = policy.eos_token_id
-    mapped = map_batch(
-        policy, reward_model, *batch((encode(policy, "So"), [*response, end]), (encode(policy, "So"), response))
-    )
+    end = policy.convert_tokens_to_ids(end)
+    samples = batch((encode(policy, "So"), [*response, end]), (encode(policy, "So"), response))
+    mapped = map_batch(policy, reward_model, *samples, ends=[0, 2])
+    assert mapped.attention_mask_BL.sum(1).diff().tolist() == [-1]
     last = mapped.attention_mask_BL.sum(1) - 1
     finished, cut = mapped.input_ids_BL[torch.arange(2), last].tolist()
     assert finished == reward_model.eos_token_id and cut == encode(reward_model, "So good")[-1]

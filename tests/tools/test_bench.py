@@ -1,5 +1,6 @@
 """``abc-rlhf bench``: measures what it says, on a small model, and says what is wrong with bad input."""
 
+import re
 from collections import Counter
 
 import pytest
@@ -128,3 +129,11 @@ def test_bench_methods_times_every_methods_evidence(tiny, capsys):
     rows = [line.strip().split("  ") for line in capsys.readouterr().out.splitlines() if " MB" in line or "[" in line]
     assert [rows[0][1].strip(), *(row[0] for row in rows[1:])] == ["plain", *[*METHODS][1:]]
     assert main(["bench", "methods", *words[:2], "--tokens", "0"]) == 2
+
+
+def test_bench_server_compares_many_clients_with_batched_forwards(tiny, capsys):
+    pytest.importorskip("fastapi")
+    words = ["--model", str(tiny / "reward_model"), "--clients", "4", "--batch", "2", "--tokens", "8"]
+    assert main(["bench", "server", *words, "--repeats", "1"]) == 0
+    assert re.search(r"4 clients, 8 tokens, .* texts/s served .* forwards of 2 .* ratio \d", capsys.readouterr().out)
+    assert main(["bench", "server", *words, "--repeats", "0"]) == 2

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from abc_plugin.errors import UserError
-from abc_plugin.report.jsonl import read_jsonl
+from abc_plugin.jsonl import read_jsonl
 from abc_plugin.text.spans import token_texts
 
 MINIMUM = 10  # completions of different prompts: five to choose a layer on, five to report it on

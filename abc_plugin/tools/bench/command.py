@@ -10,7 +10,14 @@ MEASUREMENTS = {
     "recovery": ("abc_plugin.tools.bench.cost", "time and memory of a forward with credit, as ratios to one without"),
     "methods": ("abc_plugin.tools.bench.cost", "what each method's evidence costs beside the model's forward"),
     "parity": ("abc_plugin.tools.bench.parity", "the recovered row against eager attention, over model families"),
+    "server": ("abc_plugin.tools.bench.server", "texts per second of serve-rm with many clients, to batched forwards"),
 }
+SERVER = (
+    ("--clients", 64, "clients, each with one text at a time"),
+    ("--batch", 32, "texts of a forward"),
+    ("--tokens", 256, "tokens of a text"),
+    ("--repeats", 5, "rounds"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, (_, help_) in MEASUREMENTS.items():
         command = commands.add_parser(name, help=help_, description=help_)
         if name == "parity":
+            continue
+        if name == "server":
+            command.add_argument("--model", required=True, help="the reward model's directory")
+            for flag, default, what in SERVER:
+                command.add_argument(flag, type=int, default=default, help=f"{what} ({default})")
             continue
         command.add_argument("--tokens", type=int, nargs="+", default=[256, 1024], help="sequence lengths (256 1024)")
         command.add_argument("--repeats", type=int, default=12, help="rounds; each runs every variant once (12)")

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from abc_plugin.errors import UserError
-from abc_plugin.report.jsonl import read_jsonl
+from abc_plugin.jsonl import read_jsonl
 
 NAME = "results.csv"  # in a study's directory
 NEEDED = ("method", "seed", "step", "reward")

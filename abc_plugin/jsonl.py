@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any
@@ -12,27 +13,27 @@ from abc_plugin.errors import UserError
 def read_jsonl(path: str | Path, remedy: str, *, cut: list[str] | None = None) -> list[tuple[str, dict[str, Any]]]:
     """Every object of the file with where it stands, ``PATH:LINE``; blank lines are skipped, NaN is a number.
 
+    Only a line feed ends a line, as in JSON; a byte order mark at the start is skipped.
     remedy: how each error message ends, e.g. "abc-rlhf evaluate writes one".
-    cut: a list that collects where lines stand that are not JSON, as a killed process leaves its last one; without it
-    such a line is an error too.
-    Raises UserError, naming file and line, where the file cannot be read, is not UTF-8, or a line is no object.
+    cut: a list that collects where lines stand that are not JSON, as a killed process leaves its last one, even inside
+    a letter; without it such a line is an error too.
+    Raises UserError, naming file and line, where the file cannot be read, or a line is not UTF-8 or no object.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; {remedy}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; {remedy}") from None
     objects = []
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
-        except ValueError as error:
+            fields = json.loads(line.decode("utf-8"))
+        except ValueError as error:  # a UnicodeDecodeError, too
             if cut is None:
-                raise UserError(f"{where}: not JSON ({error}); {remedy}") from None
+                reason = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else "JSON"
+                raise UserError(f"{where}: not {reason} ({error}); {remedy}") from None
             cut.append(where)
             continue
         if not isinstance(fields, dict):

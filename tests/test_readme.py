@@ -128,7 +128,7 @@ def test_a_committed_report_is_what_its_results_say(name, tmp_path, monkeypatch)
         monkeypatch.setenv(variable, "prepared")
     with (committed / "results.csv").open(encoding="utf-8", newline="") as file:
         runs = {tuple(row.values())[: list(row).index("step")] for row in csv.DictReader(file)}
-    assert len(runs) == len(read_plan(ROOT / "launch" / "study" / f"{name}.yaml").runs())
+    assert len(runs) == len(read_plan(ROOT / "launch" / "study" / f"{name}.yaml").runs)
 
 
 # The rows of the README's table of studies, in order: the report that has each one's numbers.

@@ -46,57 +46,40 @@ class Run:
         return frozenset(self.settings.items())
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """The host's answer: the plan's runs, each once and seed by seed; the older ones; what is installed here."""
-
-    runs: list[Run]
-    older: list[Run]
-    gpus: int
-    versions: dict[str, str]
-
-
-def resolve(plan: Plan, older: dict[str, dict[str, Words]]) -> Resolved:
-    """Ask the host what the options of the plan's runs mean, and those of the runs that are there already, by name.
+def resolve(plan: Plan, older: dict[str, dict[str, Words]]) -> tuple[list[Run], list[Run], dict[str, Any]]:
+    """The plan's runs, each once and seed by seed; those that are there already; and the host's answer.
 
     Seeds come first in the order of the runs: a study that is stopped early has all methods of the same seeds.
     Raises UserError for what a run's own checks would refuse: options, models and prompts.
     """
-    planned = plan.runs()
-    answer = ask_host(
-        {
-            "driver": plan.driver,
-            "names": list(dict.fromkeys([*ALWAYS, *plan.names, *(name for each in older.values() for name in each)])),
-            "commands": [command_words(options) for options in planned],
-            "parse_only": [command_words(options) for options in older.values()],
-        }
-    )
+    options = [*plan.runs, *older.values()]
+    question = {
+        "driver": plan.driver,
+        "names": list(dict.fromkeys([*ALWAYS, *(name for each in options for name in each)])),
+        "commands": [command_words(each) for each in plan.runs],
+        "parse_only": [command_words(each) for each in older.values()],
+    }
+    answer = ask_host(question)
     if "error" in answer:
-        own = ""
-        if "run" in answer:
-            options = [*planned, *older.values()][answer["run"]]
-            words = [f"{name} {' '.join(each)}" for name, each in options.items() if plan.common.get(name) != each]
-            own = f" [run: {', '.join(words)}]"
-        raise UserError(f"{plan.source}: {answer['error']}{own}")
-    settings = [_settings(values) for values in answer["values"]]
-    runs = [Run(*each) for each in zip(planned, settings, answer["steps"], strict=False)]
+        mine = options[answer["run"]] if "run" in answer else {}
+        own = ", ".join(f"{name} {' '.join(words)}" for name, words in mine.items() if plan.common.get(name) != words)
+        raise UserError(f"{plan.source}: {answer['error']}" + (f" [run: {own}]" if own else ""))
+    runs = [Run(*each) for each in zip(options, map(_settings, answer["values"]), strict=True)]
+    there = runs[len(plan.runs) :]
+    for run, name in zip(there, older, strict=True):
+        run.name = name
     unique: dict[frozenset, Run] = {}
-    for run in runs:
+    for run, steps in zip(runs, answer["steps"], strict=False):
+        run.steps = steps
         unique.setdefault(run.identity, run)
     seeds = list(dict.fromkeys(run.settings["train.seed"] for run in runs))
-    ordered = sorted(unique.values(), key=lambda run: seeds.index(run.settings["train.seed"]))
-    there = [Run(older[name], made, name=name) for name, made in zip(older, settings[len(planned) :], strict=True)]
-    return Resolved(ordered, there, answer["gpus"], answer["versions"])
+    return sorted(unique.values(), key=lambda run: seeds.index(run.settings["train.seed"])), there, answer
 
 
 def ask_host(question: dict[str, Any]) -> dict[str, Any]:
     """The answer of ``abc_plugin.local.command_lines`` to a question, which is described there."""
-    done = subprocess.run(
-        [sys.executable, "-m", "abc_plugin.local.command_lines"],
-        input=json.dumps(question),
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "abc_plugin.local.command_lines"]
+    done = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise RuntimeError(f"the host's parser ended with status {done.returncode}: {' | '.join(lines[-3:])}")
@@ -147,13 +130,11 @@ def give_names(runs: list[Run], older: list[Run]) -> None:
     folders = {run.identity: run.name for run in older}
     (method, *others), taken = columns([*older, *runs]), {run.name for run in older}
     for run in runs:
-        parts = [f"{column(name)}{_last_part(run.settings[name])}" for name in others if run.settings[name]]
+        given = {column(name): run.settings[name] for name in others if run.settings[name]}
+        parts = [
+            f"{name}{value.rstrip('/').rpartition('/')[2]}" for name, value in given.items()
+        ]  # of a path its last
         name = re.sub(r"[^\w.+-]", "_", "-".join([run.settings[method], *parts]))
         free = [name, *(f"{name}~{n}" for n in range(2, len(taken) + 2))]
         run.name = folders.get(run.identity) or next(each for each in free if each not in taken)
         taken.add(run.name)
-
-
-def _last_part(setting: str) -> str:
-    """Of a path its last part."""
-    return setting.rstrip("/").rpartition("/")[2] or setting

@@ -14,7 +14,7 @@ from typing import Any
 
 from abc_plugin.errors import UserError
 
-LOCK, NOTE = ".lock", "run.json"
+LOCK, NOTE = ".lock", "settings.json"
 RESULTS = ("*.safetensors", "*.bin", "merged", "summary.json", "completions.jsonl")  # by which readers would be misled
 CONTENTS = " (contents)"  # behind a path's flag: a hash of what lies there
 

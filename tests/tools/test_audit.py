@@ -19,7 +19,7 @@ from abc_plugin.tools.audit.measure import credit_of, curves, removal_order
 from abc_plugin.tools.audit.results import Results
 from abc_plugin.tools.audit.reward_model import RewardModel
 
-OUTPUTS = ["agreement.png", "audit.html", "audit.json", "completions.jsonl", "curves.png", "heads.png", "shares.png"]
+OUTPUTS = ["agreement.png", "audit.html", "audit.json", "completions.jsonl", "curves.png", "heads.png"]
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,7 @@ def test_scores_effects_and_gradients_are_exact(made):
     assert explained.score == pytest.approx(4 * 0.6 / 8, abs=1e-6)
     assert explained.rows_LHS == pytest.approx(torch.full((1, 1, 8), 1 / 8), abs=1e-6)
     values = [0, 0, 1, 0, -1, 0, 0.6, 0]
-    assert explained.gradient_S.tolist() == pytest.approx([4 * value / 8 for value in values], abs=1e-5)
-    assert explained.evidence["gradient"].tolist() == pytest.approx(explained.gradient_S.tolist(), abs=1e-6)
+    assert explained.evidence["gradient"].tolist() == pytest.approx([4 * value / 8 for value in values], abs=1e-5)
     assert explained.evidence["prefix"][:4].tolist() == pytest.approx([0, 0, 4 / 3, 1], abs=1e-5)
     without = model.scores([ids[:t] + ids[t + 1 :] for t in range(8)])
     assert without == pytest.approx([4 * (0.6 - value) / 7 for value in values], abs=1e-5)
@@ -86,32 +85,33 @@ def test_it_finds_the_tokens_that_count_and_no_merit_in_chance(made, tmp_path, c
     assert set(methods) == set(names.split())
     assert methods["leave_one_out"]["spearman"]["mean"] == pytest.approx(1.0)
     assert methods["grad_input"]["spearman"]["low"] > 0.8
-    assert methods["grad_input"]["gradient_pearson"]["mean"] == pytest.approx(1.0, abs=1e-4)
     assert methods["grad_input"]["separation"]["low"] > 0
     assert methods["random"]["spearman"]["low"] < 0 < methods["random"]["spearman"]["high"]
     assert methods["uniform"]["spearman"] is None and methods["uniform"]["entropy"]["mean"] == pytest.approx(1.0)
     assert methods["abc"]["spearman"] is None
     assert methods["none"]["last"]["mean"] == 1.0 and methods["none"]["punctuation"]["mean"] == 1.0
-    assert result["advice"][0].startswith("ABC credit orders no tokens")
+    assert result["advice"]["sentences"][0].startswith(
+        "grad_input credit of this model follows, closely, which tokens"
+    )
+    assert result["advice"]["command"].endswith(" --reward_shaping grad_input")
     for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()[1:]:
         record = json.loads(line)
         first = max(range(9), key=lambda t: abs(record["effect"][t]))
         assert record["tokens"][first].strip() in audit_models.VALUES
     printed = capsys.readouterr().out
-    assert "grad_input" in printed and "audit.html" in printed
+    assert "audit.html" in printed
+    assert "To train without a critic, or with one from the policy (rank correlation" in printed
+    assert printed.splitlines()[-1].startswith("With GAE and OpenRLHF's default critic")
 
 
 def test_attention_to_the_tokens_that_count_is_found_better(attentive):
     result = json.loads((attentive / "audit.json").read_text())
-    assert result["advice"][0].startswith("ABC credit of this model is better than uniform: it follows")
+    assert result["advice"]["sentences"][0].startswith("abc credit of this model follows, closely, which tokens")
     separation = {name: result["methods"][name]["separation"]["mean"] for name in ("abc", "leave_one_out")}
     assert separation["abc"] == pytest.approx(separation["leave_one_out"], rel=0.01)
     assert result["heads"]["carrying"] == [[0, 0]] and result["heads"]["against"] == []
     assert result["heads"]["layer"]["layer"] == 0
-    own = {name: result["methods"]["abc"][name]["mean"] for name in CONCENTRATION}  # of the one layer's one head
-    for name, value in own.items():
-        assert result["heads"]["shares_LH"][name] == [[pytest.approx(value, abs=1e-4)]], name
-        assert result["heads"]["shares_L"][name] == [pytest.approx(value, abs=1e-4)], name
+    own = {name: result["methods"]["abc"][name]["mean"] for name in CONCENTRATION}
     assert own["last"] == own["punctuation"] < 1 / 9 and own["entropy"] < 0.95  # the full stop gets little
 
 
@@ -119,7 +119,8 @@ def test_attention_to_the_other_tokens_is_found_worse_and_dropped_tokens_are_tho
     """Attention shuns the words that raise the score, so its credit runs against their effects."""
     result = audit(made, tmp_path, "blind", "good", "--methods", "abc", "none", "--shaping.drop", "sinks")
     assert result["methods"]["abc"]["spearman"]["high"] < 0
-    assert result["advice"][0].startswith("ABC credit of this model is worse than uniform")
+    assert result["advice"]["sentences"][0].startswith("Nothing shows that credit of this model follows which")
+    assert result["advice"]["command"].endswith(" --reward_shaping none")
     assert result["heads"]["against"] == [[0, 0]]
     assert result["methods"]["abc"]["last"]["mean"] == 0.0
     assert result["methods"]["none"]["last"]["mean"] == 0.0  # its only token is dropped: uniform over the others
@@ -148,6 +149,30 @@ def test_a_killed_audit_goes_on_and_ends_with_identical_files(made, attentive, t
         assert before == after, name
 
 
+def test_lengths_are_audits_of_their_own_and_spans_are_removed_whole(made, tmp_path, capsys):
+    options = ("--methods", "abc", "uniform", "--tokens", "5", "9", "--spans", "6")
+    assert main(words(made, tmp_path, "attentive", "good", *options)) == 0
+    printed = capsys.readouterr().out
+    records = {}
+    for length in (5, 9):
+        assert sorted(path.name for path in (tmp_path / str(length)).iterdir()) == OUTPUTS
+        lines = (tmp_path / str(length) / "completions.jsonl").read_text().splitlines()
+        records[length] = [json.loads(line) for line in lines[1:]]
+    text = [[word.strip() for word in row["tokens"]] for row in (records[5][0], records[9][0])]
+    assert [len(words) for words in text] == [5, 6] and " ".join(text[1]).split()[:5] == text[0]
+    assert [word.count(" ") + 1 for word in text[1]] == [2, 1, 1, 2, 2, 1]  # nine tokens in six spans
+    model = RewardModel(str(made / "attentive"))
+    row, tokenizer = records[9][0], audit_models.make_tokenizer()
+    prompt, pieces = tokenizer(row["prompt"]).input_ids, [tokenizer(piece).input_ids for piece in row["tokens"]]
+    [whole, without] = model.scores([prompt + sum(pieces, []), prompt + sum(pieces[1:], [])])
+    assert row["effect"][0] == pytest.approx(whole - without, abs=1e-5)
+    assert sum(row["credit"]["abc"]) == pytest.approx(row["reward"], abs=1e-4)
+    rows = [line.split()[:2] for line in printed.splitlines()]
+    assert all([length, name] in rows for length in ("5", "9") for name in ("abc", "uniform", "leave-one-out"))
+    assert main(words(made, tmp_path, "attentive", "good", *options[:3], "--tokens", "9", "--spans", "5")) == 2
+    assert "another configuration (spans: 6 there, 5 here)" in capsys.readouterr().err
+
+
 def test_results_of_another_configuration_are_refused_and_kept(made, attentive, capsys):
     before = {path: path.read_bytes() for path in attentive.iterdir()}
 
@@ -166,7 +191,7 @@ def test_results_of_another_configuration_are_refused_and_kept(made, attentive, 
     ):
         assert f"another configuration ({name}: " in refused(*args)
     written = attentive / "completions.jsonl"
-    written.write_bytes(before[written].replace(b'"format": 2, ', b"", 1))  # as earlier versions began it
+    written.write_bytes(before[written].replace(b'"format": 3, ', b"", 1))  # as earlier versions began it
     assert "was written by another version of the audit" in refused(*same)
     written.write_bytes(before[written])
     assert {path: path.read_bytes() for path in attentive.iterdir()} == before
@@ -222,9 +247,9 @@ def test_memory_that_runs_out_halves_the_batch(made, monkeypatch):
 def test_curves_by_hand():
     """A score that is the sum of the ids: ten tokens, removed one by one."""
     model = SimpleNamespace(scores=lambda sequences: [float(sum(ids)) for ids in sequences])
-    completion = SimpleNamespace(prompt_ids=[100], ids=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10], row=1)
+    completion, pieces = SimpleNamespace(prompt_ids=[100], row=1), [[i] for i in range(1, 11)]
     credit = {"right": torch.arange(10.0), "signed": torch.tensor([-1.0, 1, 0, 0, 0, 0, 0, 0, 0, 0])}
-    drawn = curves(model, completion, credit, whole=155.0, empty=100.0)
+    drawn = curves(model, completion, pieces, credit, whole=155.0, empty=100.0)
     assert drawn["right"]["highest"] == [155, 145, 136, 128, 121, 115, 110, 106, 103, 101, 100]
     assert drawn["right"]["lowest"] == [155, 154, 152, 149, 145, 140, 134, 127, 119, 110, 100]
     assert drawn["signed"]["highest"][:2] == [155, 153] and drawn["signed"]["lowest"][:2] == [155, 154]

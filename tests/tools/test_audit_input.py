@@ -41,6 +41,13 @@ def test_prompt_and_completion_become_ids_at_evenly_spaced_lines(tmp_path, token
     assert chosen[0].punctuation == [False, False, True] and chosen[0].special == [False] * 3
 
 
+def test_completions_are_cut_and_shorter_ones_left_out(tmp_path, tokenizer):
+    records = rows(12) + [{"prompt": f"w{i} w2", "completion": "w2 w3 good fine ."} for i in range(12)]
+    chosen = read(write(tmp_path / "d", records), tokenizer, Reading(append_eos=True, tokens=4), 7)
+    assert [completion.row for completion in chosen] == list(range(13, 25))
+    assert tokenizer.convert_ids_to_tokens(chosen[0].ids) == ["w2", "w3", "good", "fine", "<eos>"]
+
+
 def test_eos_is_appended_where_it_lacks(tmp_path, tokenizer):
     records = rows(11) + [{"prompt": "w11 w1", "completion": "w2 good <eos>"}]
     chosen = read(write(tmp_path / "d", records), tokenizer, Reading(append_eos=True), 32)
@@ -117,9 +124,12 @@ def command(tmp_path, model_path, *more):
     [
         (["--methods", "abcd"], "'abcd' is not registered"),
         (["--methods", "abc_d"], "--methods abc_d needs policy, which a reward model alone does not give"),
-        (["--samples", "0"], "give at least 1"),
+        (["--samples", "0"], "--samples 0 is too small; the least is 1"),
+        (["--tokens", "16", "2"], "--tokens 2 is too small; the least is 3"),
+        (["--tokens", "4"], "completions of 4 or more tokens to 0 different prompts are too few"),
+        (["--spans", "2"], "--spans 2 is too small; the least is 3"),
         (["--samples", "9"], "9 different prompts are too few"),
-        (["--split", "0"], "give at least 1"),
+        (["--split", "0"], "--split 0 is too small; the least is 1"),
         (["--shaping.layer", "7"], "layer 7 is out of range"),
         (["--shaping.heads", "1"], "--shaping.heads 1: the layer has 1 heads"),
         (["--ds.value_head_prefix", "value_head"], "has no weight value_head.weight: it is no reward model"),
@@ -165,7 +175,7 @@ def test_rows_of_every_layer_and_head_of_other_families(family, tmp_path):
     assert explained.score == pytest.approx(stock(torch.tensor([list(range(5, 16))])).logits.item(), abs=1e-5)
     assert explained.rows_LHS.shape == (2, 4, 11)
     assert explained.rows_LHS.sum(-1) == pytest.approx(torch.ones(2, 4), abs=1e-5)
-    assert explained.gradient_S == pytest.approx(explained.evidence["gradient"], abs=1e-5)
+    assert explained.evidence["gradient"].shape == (11,)
 
 
 def test_scores_that_are_not_numbers_end_it_by_row(tmp_path, capsys):
@@ -191,5 +201,3 @@ def test_gradients_of_rounded_weights_are_refused(tmp_path, model_path, monkeypa
     assert "is a quantised checkpoint, whose kernels need not have a backward pass: audit the unquantised one" in error
     assert "training with --ds.load_in_4bit quantises itself" in error
     assert main(command(tmp_path, model_path, "--methods", "abc", "prefix", "uniform")) == 0
-    summary = json.loads((tmp_path / "out" / "audit.json").read_text())
-    assert summary["methods"]["prefix"]["gradient"] is None

@@ -1,11 +1,11 @@
 """``abc-rlhf audit``: whether credit says which tokens moved the reward model's score, before a GPU is spent on it.
 
-Imports torch, transformers, captum, scipy and matplotlib; never openrlhf. Read in this order: ``completions`` (what is
-audited), ``reward_model`` (scores, rows, gradients), ``measure`` (one completion), ``results`` (the file that a killed
+Imports torch, transformers, scipy and matplotlib; never openrlhf. Read in this order: ``completions`` (what is
+audited), ``reward_model`` (scores, evidence, rows), ``measure`` (one completion), ``results`` (the file that a killed
 audit goes on with), ``estimates`` (correlations, shares, intervals) and ``summary`` (the table over completions),
-``head_map`` (layers and heads), ``advice`` (the sentences), ``pictures`` and ``audit_page``, ``command`` (the way in).
-README.md says how to read the outcome.
+``head_map`` (layers and heads), ``advice`` (sentences, the command to run), ``pictures`` and ``audit_page``,
+``command`` (the way in). README.md says how to read the outcome.
 
 Dimensions: B sequences of a batch, S tokens of a sequence, A = S - 1 actions, T tokens of a completion, L layers with
-softmax attention, H heads, X = 1 + H rows of a layer (their mean first), N completions.
+softmax attention, H heads, N completions.
 """

@@ -1,46 +1,80 @@
-"""From intervals to sentences. The first is the advice; nothing is called better that an interval does not carry."""
+"""From intervals to sentences, and to the command to run. Nothing is recommended that an interval does not carry."""
 
 from __future__ import annotations
 
-from abc_plugin.tools.audit.estimates import LEVEL, Interval, needed
+import shlex
+from typing import NamedTuple
+
+from abc_plugin.config import ShapingConfig
+from abc_plugin.credit.methods import Method
+from abc_plugin.tools.audit.estimates import LEVEL, Interval, intervals
 from abc_plugin.tools.audit.head_map import Choice, HeadMap
 from abc_plugin.tools.audit.summary import LEAVE_ONE_OUT, RANDOM, RECENCY, Estimates, Summary, Tables, gain
 
 DEGREES = ((0.2, "weakly"), (0.5, "moderately"), (1.01, "closely"))  # a rank correlation below the number
-HEADLINES = {
-    "better": "{name} credit of this model is better than uniform: it follows, {degree}, which tokens moved the score",
-    "worse": "{name} credit of this model is worse than uniform: it points away from the tokens that moved the score",
-    "no better": "{name} credit of this model is no better than uniform: nothing shows that it follows which tokens "
-    "moved the score",
-    "open": "Whether {name} credit of this model is better than uniform is open: one of two measures says so, the "
-    "other {contrary}",
-}
-MEASURES = {"spearman": "in rank correlation", "separation": "in the curves"}
-WORDS = {1: "better", -1: "worse", 0: "not clearly different"}  # by the sign of a difference's interval
-BASELINES = {RANDOM: "random credit", RECENCY: "recency, credit that knows only how late a token comes"}
+MEASURES = {"spearman": "rank correlation", "separation": "curves"}
+AHEAD = {1: "clearly ahead", -1: "clearly behind", 0: "not clearly ahead"}  # by the sign of a difference's interval
+KNOWS_NOTHING = ("none", "uniform", RANDOM, RECENCY, LEAVE_ONE_OUT)  # baselines and the yardstick: never recommended
+MATTER = 0.5  # rank correlation of sizes above which attention is taken for the score's reason
+SIZES = (
+    "abc finds the tokens that matter, whichever way (rank correlation of sizes {:.2f}): with the one such model that "
+    "was trained with, abc earned more than the sparse reward, whatever its signs; try it too."
+)
 NAMED = 4  # heads that a sentence names
-PRECISE = 0.05  # half of an interval that settles most questions
+DEFAULT_CRITIC = (
+    "With GAE and OpenRLHF's default critic, a copy of the reward model, use --reward_shaping {}: that critic's "
+    "values tell dense credit from the first step."
+)
 
 
-def advise(summary: Summary, tables: Tables, head_map: HeadMap) -> list[str]:
-    """The advice on the method audited (abc, or the first one given), then what supports or qualifies it."""
-    method = "abc" if "abc" in summary else next(iter(summary))
-    own = summary[method]
-    sentences = [_headline("ABC" if method == "abc" else method, own, summary[LEAVE_ONE_OUT]["separation"])]
-    if own["spearman"] and own["separation"]:
-        sentences += _sizes(own)
-        sentences += [
-            f"Against {words}: {_compared(gains)}."
-            for name, words in BASELINES.items()
-            if name != method and (gains := _gains(tables, method, name))
-        ]
-    sentences += _other_methods(method, tables)
-    if "abc" in summary:
-        sentences += [_choice(choice, head_map) for choice in (head_map.layer, head_map.head, head_map.kept) if choice]
-        sentences += _heads(head_map)
-    if own["spearman"] and (enough := needed(own["spearman"], PRECISE)) > own["spearman"].n:
-        sentences.append(f"For an interval of ± {PRECISE} around the rank correlation, audit about {enough} prompts.")
-    return [sentence for sentence in sentences if sentence]
+class Advice(NamedTuple):
+    """What an audit says: sentences, the conclusion first, and how to train."""
+
+    sentences: list[str]
+    command: str
+    why: str
+
+
+def advise(
+    summary: Summary, tables: Tables, head_map: HeadMap, methods: dict[str, Method], shaping: ShapingConfig, path: str
+) -> Advice:
+    """The advice on the reward model at ``path``, of whose layer and heads ``shaping`` tells."""
+    others = [name for name in tables if name not in KNOWS_NOTHING]
+    level = 1 - (1 - LEVEL) / max(1, len(others))  # the best of several looks good by luck
+    widened = {name: intervals(tables[name], level) for name in others}
+    good = [name for name in others if verdict(widened[name]) == "better"]
+    best = max(good, key=lambda name: widened[name]["spearman"].mean, default=None)
+    qualified = _of_attention(summary["abc"]["size"], head_map) if "abc" in summary else []
+    words = ["abc-rlhf", "ray", "…", "--reward.model_name_or_path", shlex.quote(path), "--reward_shaping"]
+    if best is None:
+        why = f"of no method ({', '.join(others) or 'none audited'}) do both intervals lie above 0"
+        conclusion = f"Nothing shows that credit of this model follows which tokens moved the score: {why}."
+        return Advice([conclusion, *qualified], " ".join([*words, "none"]), why)
+    rank, apart = (widened[best][name] for name in MEASURES)
+    degree = next(word for below, word in DEGREES if abs(rank.mean) < below)
+    why = f"rank correlation {rank:.2f}, curves apart by {apart:.2f} score units"
+    conclusion = (
+        f"{best} credit of this model follows, {degree}, which tokens moved the score: {why}{_part(apart, summary)}; "
+        f"95 % intervals over {rank.n} prompts, widened for the number of methods ({len(others)})."
+    )
+    against = [_compared(tables, best, name, level) for name in (*others, RANDOM, RECENCY) if name != best]
+    return Advice([conclusion, *against, *qualified], " ".join([*words, best, *_options(methods[best], shaping)]), why)
+
+
+def closing(advice: dict[int | None, Advice]) -> list[str]:
+    """The command to run, by tokens of a completion where audits of several lengths differ, and the critic's part."""
+    commands: dict[str, list[int | None]] = {}
+    for length, one in advice.items():
+        commands.setdefault(one.command, []).append(length)
+    lines = []
+    for command, lengths in commands.items():
+        where = "" if None in lengths else f" with completions of {' or '.join(map(str, lengths))} tokens"
+        why = "; ".join(f"{f'{n}: ' if n else ''}{advice[n].why}" for n in lengths)
+        lines += [f"To train{where} without a critic, or with one from the policy ({why}):", f"    {command}"]
+    if any(not command.endswith(" none") for command in commands):
+        signed = all(" abc_signed" in command for command in commands)
+        lines.append(DEFAULT_CRITIC.format("none or abc_signed" if signed else "none"))
+    return lines
 
 
 def verdict(estimates: Estimates) -> str:
@@ -56,86 +90,54 @@ def verdict(estimates: Estimates) -> str:
     return "open" if max(signs) > 0 else "no better"
 
 
-def _headline(name: str, own: Estimates, ceiling: Interval | None) -> str:
-    rank, apart = own["spearman"], own["separation"]
-    if rank is None or apart is None:
-        return f"{name} credit orders no tokens, so there is nothing to compare with what their removal does."
-    degree = next(word for below, word in DEGREES if abs(rank.mean) < below)
-    contrary = "says the opposite" if min(rank.sign, apart.sign) < 0 else "does not"
-    part = ""
-    if ceiling and ceiling.low > 0 and apart.mean > 0:
-        part = f" ({100 * apart.mean / ceiling.mean:.0f} % of leave-one-out's own)"
-    return (
-        f"{HEADLINES[verdict(own)].format(name=name, degree=degree, contrary=contrary)} (rank correlation with what "
-        f"removing each token does to the score {rank}, curves apart by {apart} score units{part}; 95 % intervals, "
-        f"{rank.n} prompts)."
+def _part(apart: Interval, summary: Summary) -> str:
+    ceiling = summary[LEAVE_ONE_OUT]["separation"]
+    return f" ({100 * apart.mean / ceiling.mean:.0f} % of leave-one-out's)" if ceiling and ceiling.low > 0 else ""
+
+
+def _options(method: Method, shaping: ShapingConfig) -> list[str]:
+    """The settings audited that differ from the defaults, those that the method uses."""
+    uses = {
+        "layer": method.needs & {"attention", "contribution"},
+        "heads": "attention" in method.needs,
+        "drop": method.weights,
+        "entropy_floor": method.weights,
+    }
+    given = {name: getattr(shaping, name) for name, used in uses.items() if used}
+    return [f"--shaping.{name} {value}" for name, value in given.items() if value != getattr(ShapingConfig(), name)]
+
+
+def _compared(tables: Tables, best: str, other: str, level: float) -> str:
+    """In what the best method is clearly ahead of another, by paired intervals."""
+    gains = {name: by for name, by in gain(tables, best, other, MEASURES, level).items() if by}
+    parts = [f"{AHEAD[by.sign]} in {MEASURES[name]} (by {by:.2f})" for name, by in gains.items()]
+    return f"Against {other}: {', '.join(parts) or 'not comparable'}."
+
+
+def _of_attention(sizes: Interval | None, head_map: HeadMap) -> list[str]:
+    """What qualifies the advice on abc: the sizes, and other layers and heads."""
+    choices = [_choice(choice, head_map) for choice in (head_map.layer, head_map.head) if choice and choice.reported]
+    counts = (
+        f"Of {head_map.signed_LH.size} heads {_named(head_map.carrying)} follow the removals and "
+        f"{_named(head_map.against)} run against them, with intervals widened for their number."
     )
-
-
-def _sizes(own: Estimates) -> list[str]:
-    """Whether it finds the tokens that matter, even if not which way."""
-    if own["size"] is None or own["size"].sign <= 0:
-        return []
-    but = "" if own["spearman"].sign > 0 else ", but not which of them raise the score and which lower it"
-    return [f"It finds tokens that matter{but}: rank correlation with the sizes of the effects {own['size']}."]
-
-
-def _gains(tables: Tables, method: str, other: str, level: float = LEVEL) -> dict[str, Interval]:
-    """Paired differences of two methods by measure; without those not defined."""
-    gains = gain(tables, method, other, MEASURES, level)
-    return {name: estimate for name, estimate in gains.items() if estimate}
-
-
-def _compared(gains: dict[str, Interval]) -> str:
-    return ", ".join(f"{WORDS[gain.sign]} {MEASURES[name]} (by {gain})" for name, gain in gains.items())
-
-
-def _other_methods(method: str, tables: Tables) -> list[str]:
-    """Which other methods are better, the best first, by intervals widened for the methods' number."""
-    others = [name for name in tables if name not in (method, RANDOM, RECENCY, LEAVE_ONE_OUT, "uniform")]
-    level = 1 - (1 - LEVEL) / max(1, len(others))
-    compared = {name: gains for name in others if (gains := _gains(tables, name, method, level))}
-    wins = {name: sum(gain.sign > 0 for gain in gains.values()) for name, gains in compared.items()}
-    most = max(wins.values(), default=0)
-    if compared and not most:
-        return [f"No other method audited ({', '.join(compared)}) is clearly better in either measure."]
-    best = [name for name in compared if wins[name] == most]
-    best.sort(key=lambda name: compared[name]["spearman"].mean if "spearman" in compared[name] else -1.0, reverse=True)
-    return [f"--reward_shaping {name} against {method}: {_compared(compared[name])}." for name in best]
+    found = [SIZES.format(sizes)] if sizes and sizes.low > MATTER else []
+    return [*found, *choices, counts]
 
 
 def _choice(choice: Choice, head_map: HeadMap) -> str:
-    """What is said of a layer or heads chosen on one half, by the other half; "" where that half defines nothing."""
-    if choice.reported is None:
-        return ""
+    """What is said of a layer or head chosen on one half, by the other half."""
     name, settings, gain = f"Layer {choice.layer}", f"--shaping.layer {choice.layer}", choice.over_configured
     if choice.heads is not None:
-        name, settings = f"{name} {_numbered(choice.heads)}", f"{settings} --shaping.heads {_listed(choice.heads)}"
+        name, settings = f"{name} head {choice.heads[0]}", f"{settings} --shaping.heads {choice.heads[0]}"
     elif head_map.read is not None:
         name, settings = f"{name}, all heads", f"{settings} --shaping.heads all"
     if (choice.layer, choice.heads) == (head_map.layers[head_map.configured], head_map.read):
         return f"{name}, read now, is also what half of the prompts would choose: {choice.reported} on the other."
     compared = "not clearly more than what is read now" + (f" (difference {gain})" if gain else "")
     if gain and gain.sign > 0:
-        compared = f"{gain} more than what is read now: use {settings}"
+        compared = f"{gain} more than what is read now: for abc use {settings}"
     return f"{name}, chosen on half of the prompts, has {choice.reported} on the other half, {compared}."
-
-
-def _heads(head_map: HeadMap) -> list[str]:
-    """Which heads follow the removals and which run against them, and what follows for those read now."""
-    now = head_map.layers[head_map.configured]
-    read = range(head_map.signed_LH.shape[1]) if head_map.read is None else head_map.read
-    against = [head for layer, head in head_map.against if layer == now and head in read]
-    kept = [head for head in read if head not in against]
-    sentences = [
-        f"Of {head_map.signed_LH.size} heads {_named(head_map.carrying)} follow the removals and "
-        f"{_named(head_map.against)} run against them, with intervals widened for their number."
-    ]
-    if against and kept:
-        sentences.append(f"To drop {_numbered(against)} of the layer read now, use --shaping.heads {_listed(kept)}.")
-    elif against:
-        sentences.append("All heads read now run against them: read another layer, or use another method.")
-    return sentences
 
 
 def _named(heads: list[tuple[int, int]]) -> str:
@@ -143,11 +145,3 @@ def _named(heads: list[tuple[int, int]]) -> str:
     names = [f"layer {layer} head {head}" for layer, head in heads[:NAMED]]
     more = [f"{len(heads) - NAMED} more"] if len(heads) > NAMED else []
     return f"{len(heads)} ({', '.join(names + more)})" if heads else "none"
-
-
-def _numbered(heads: list[int]) -> str:
-    return f"head{'s' * (len(heads) > 1)} {_listed(heads)}"
-
-
-def _listed(heads: list[int]) -> str:
-    return ",".join(map(str, heads))

@@ -9,17 +9,7 @@ from markupsafe import Markup
 
 from abc_plugin.report import html
 from abc_plugin.report.samples import Sample, spread_over_ranks
-from abc_plugin.tools.audit.estimates import Interval
-from abc_plugin.tools.audit.summary import (
-    COMPARED,
-    LEAVE_ONE_OUT,
-    RANDOM,
-    RECENCY,
-    STATISTICS,
-    Estimates,
-    Record,
-    Summary,
-)
+from abc_plugin.tools.audit.summary import LEAVE_ONE_OUT, RANDOM, RECENCY, STATISTICS, Record, Summary
 
 SHOWN = 6  # completions on the page
 PLAIN = (LEAVE_ONE_OUT, RANDOM, RECENCY, "uniform", "none")  # yardstick, and credit that needs no picture
@@ -27,21 +17,18 @@ CAPTIONS = {
     "agreement": "Does credit follow what each token's removal does to the score?",
     "curves": "What happens to the score when tokens are removed, or put in, in the order of credit",
     "heads": "Which layers and heads follow the removals",
-    "shares": "Where the attention of layers and heads lies",
 }
 
 
 def render(
     records: list[Record],
     summary: Summary,
-    background: Estimates,
     sentences: list[str],
     audited: dict[str, Any],
     pictures: dict[str, bytes],
     command: str,
 ) -> str:
     """The whole page: the first sentence is its heading, ``command`` made it."""
-    lines = [[name, f"{estimate}"] for name, estimate in background.items() if estimate]
     settings = [[name, ", ".join(value) if isinstance(value, list) else value] for name, value in audited.items()]
     shown = spread_over_ranks(records, lambda record: record["reward"], SHOWN)
     body = html.render(
@@ -49,7 +36,6 @@ def render(
         sentences=sentences[1:],
         pictures=[(caption, pictures[name]) for name, caption in CAPTIONS.items()],
         numbers=_numbers(summary),
-        background=html.table(lines, ("", "mean [95 % interval]")),
         completions=[(rank, record, _credits(record)) for rank, record in shown],
         total=len(records),
         legend=html.legend(signed=True),
@@ -59,19 +45,12 @@ def render(
 
 
 def _numbers(summary: Summary) -> Markup:
-    """A row per statistic, a column per method, and the interval of random credit."""
-    text = {name: f"{name}: {meaning}" for name, meaning in STATISTICS.items()}
-    over_random = {f"{name}_over_random": f"{name}, more than {RANDOM}'s, paired" for name in COMPARED}
-    rows = []
-    for name, meaning in (text | over_random).items():
-        chance = summary[RANDOM][name]
-        cells = (_cell(estimates[name], name in over_random) for estimates in summary.values())
-        rows.append([meaning, *cells, f"{chance.low:.3f} to {chance.high:.3f}" if chance else ""])
-    return html.table(rows, ("", *summary, f"{RANDOM}'s interval"))
-
-
-def _cell(estimate: Interval | None, difference: bool) -> str:
-    return f"{estimate.mean:.3f}{'*' * (difference and estimate.sign != 0)}" if estimate else "–"
+    """A row per statistic, a column per method."""
+    rows = [
+        [f"{name}: {meaning}", *(f"{own[name].mean:.3f}" if own[name] else "–" for own in summary.values())]
+        for name, meaning in STATISTICS.items()
+    ]
+    return html.table(rows, ("", *summary))
 
 
 def _credits(record: Record) -> list[tuple[str, Markup]]:

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,20 @@ try:
 
     from abc_plugin.attention.model_files import check_reads, read_config
     from abc_plugin.tools.audit import pictures
-    from abc_plugin.tools.audit.advice import advise
+    from abc_plugin.tools.audit.advice import Advice, advise, closing, verdict
     from abc_plugin.tools.audit.audit_page import render
-    from abc_plugin.tools.audit.completions import ADVISED, Completion, Reading, read
-    from abc_plugin.tools.audit.head_map import map_heads
+    from abc_plugin.tools.audit.completions import ADVISED, SHORTEST, Completion, Reading, read
+    from abc_plugin.tools.audit.head_map import HeadMap, map_heads
     from abc_plugin.tools.audit.measure import EVIDENCE, POINTS, measure
     from abc_plugin.tools.audit.results import Results
     from abc_plugin.tools.audit.reward_model import FLAG, RewardModel
-    from abc_plugin.tools.audit.summary import STATISTICS, Summary, background, summarise, tabulate
+    from abc_plugin.tools.audit.summary import RANDOM, STATISTICS, Record, Summary, summarise, tabulate
 except ModuleNotFoundError as error:
     raise UserError(f"abc-rlhf audit needs {error.name}; pip install 'abc-plugin[audit]'") from None
 
 CONTRIBUTION = "contribution"  # evidence that not every reward model has (attention/contribution.py)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WIDTH = 108  # of the table
 SHAPING = ("layer", "heads", "drop", "entropy_floor")  # the settings that decide which token gets how much
 
 
@@ -53,6 +55,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split", type=int, metavar="N", help="the completion key holds whole texts, whose first N tokens are prompts"
     )
     add("--append_eos", action="store_true", help="end each completion with EOS, as OpenRLHF trains reward models")
+    add(
+        "--tokens",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="cut completions to these lengths, e.g. 16 64 256; each is an audit of its own, in DIR/N, of the "
+        "completions that long (default: whole)",
+    )
+    add(
+        "--spans",
+        type=int,
+        metavar="N",
+        help="remove spans of tokens, N a completion, where it has more tokens than that: long ones cost less "
+        "(default: single tokens)",
+    )
     add("--samples", type=int, default=128, help="completions audited, at evenly spaced lines of the file (128)")
     add("--methods", nargs="+", metavar="METHOD", help="default: every registered method a reward model can serve")
     add("--ds.value_head_prefix", default="score", metavar="NAME", help="name of the scalar head (score)")
@@ -62,16 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Audit, write, print; 0. Raises UserError on bad input, before anything is computed or written."""
+    """Audit each length, write, print; 0. Raises UserError on bad input, before anything is computed or written."""
     options = vars(args)
     path = options[FLAG.removeprefix("--")]
     if "," in path:
         raise UserError(f"{FLAG} {path}: several reward models; audit one at a time, each with an --out of its own")
     shaping = ShapingConfig(**{name: options[f"shaping.{name}"] for name in SHAPING})
     methods = _methods(args.methods)
-    if args.samples < 1 or (args.split is not None and args.split < 1):
-        raise UserError(f"--samples {args.samples}, --split {args.split}: give at least 1")
-    reading = Reading(args.prompt_key, args.completion_key, args.split, args.append_eos, args.samples)
+    _check_numbers(args)
     needs = frozenset().union(*(method.needs for method in methods.values()))
     config, tokenizer = read_config(FLAG, path), _tokenizer(path)
     check_reads(FLAG, path, config, max(tokenizer.get_vocab().values()), 0, "--data")
@@ -86,24 +101,46 @@ def run(args: argparse.Namespace) -> int:
     )
     if CONTRIBUTION in needs:
         methods = _with_contributions(model, methods, asked=args.methods is not None)
-    completions = read(args.data, tokenizer, reading, model.window)
+    out, lengths = Path(args.out), dict.fromkeys(args.tokens or [None])
+    reading = Reading(args.prompt_key, args.completion_key, args.split, args.append_eos, args.samples)
+    read_of = {n: read(args.data, tokenizer, replace(reading, tokens=n), model.window) for n in lengths}
     configuration = {
         "model": model.fingerprint(),
-        "completions": _digest(completions),
         "methods": list(methods),
         "layer": model.layers[model.configured],
         **{name: getattr(shaping, name) for name in SHAPING[1:]},
         "normalised": options["reward.normalize_enable"],
         "dtype": args.dtype,
+        "spans": args.spans,
         "points": POINTS,
     }
-    results = Results(args.out, configuration)
-    done = len(results.records)
-    for completion in tqdm(completions[done:], "audit", len(completions), initial=done, unit="completion"):
-        results.append(measure(model, completion, methods, shaping))
-    audited = {"reward model": path, "data": f"{len(completions)} completions of {args.data}", **configuration}
-    _report(Path(args.out), results.records, model, audited, _command_line(options))
+    summaries, advice = {}, {}
+    for length, completions in read_of.items():
+        directory = out / str(length) if length else out
+        of_these = configuration | {"completions": _digest(completions)}
+        results = Results(directory, of_these)
+        done, name = len(results.records), f"{length} tokens" if length else "audit"
+        for completion in tqdm(completions[done:], name, len(completions), initial=done, unit="completion"):
+            results.append(measure(model, completion, methods, shaping, args.spans))
+        tables = tabulate(results.records)
+        summaries[length] = summarise(tables)
+        head_map = map_heads(results.records, model.layers, model.configured, model.heads)
+        advice[length] = advise(summaries[length], tables, head_map, methods, shaping, path)
+        audited = {"reward model": path, "data": f"{len(completions)} completions of {args.data}"} | of_these
+        _write(
+            directory, results.records, summaries[length], head_map, advice[length], audited, _command_line(options)
+        )
+    _print(summaries, advice, out)
     return 0
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    least = {"samples": 1, "split": 1, "spans": SHORTEST, "tokens": SHORTEST}
+    for name, bound in least.items():
+        given = getattr(args, name)
+        for number in given if isinstance(given, list) else [given]:
+            if number is not None and number < bound:
+                raise UserError(f"--{name} {number} is too small; the least is {bound}")
 
 
 def _methods(names: list[str] | None) -> dict[str, registry.Method]:
@@ -158,34 +195,28 @@ def _command_line(options: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
-def _report(
-    out: Path, records: list[dict[str, Any]], model: RewardModel, audited: dict[str, Any], command: str
+def _write(
+    out: Path,
+    records: list[Record],
+    summary: Summary,
+    head_map: HeadMap,
+    advice: Advice,
+    audited: dict[str, Any],
+    command: str,
 ) -> None:
-    """Write audit.json, audit.html and the pictures; print the table and the advice."""
-    tables, scene = tabulate(records), background(records)
-    summary, head_map = summarise(tables), map_heads(records, model.layers, model.configured, model.heads)
-    sentences = advise(summary, tables, head_map)
+    """audit.json, audit.html and the pictures."""
     pngs = {
         "agreement": pictures.agreement(summary),
         "curves": pictures.curves(records),
         "heads": pictures.heads(head_map),
-        "shares": pictures.shares(head_map, scene),
     }
-    text = {"advice": sentences, "about": audited, "statistics": STATISTICS}
-    numbers = {"methods": summary, "background": scene, "heads": head_map}
-    (out / "audit.json").write_text(json.dumps(text | numbers, indent=1, default=_jsonable) + "\n", encoding="utf-8")
-    page = render(records, summary, scene, sentences, audited, pngs, command)
+    text = {"advice": advice._asdict(), "about": audited, "statistics": STATISTICS}
+    everything = text | {"methods": summary, "heads": head_map}
+    (out / "audit.json").write_text(json.dumps(everything, indent=1, default=_jsonable) + "\n", encoding="utf-8")
+    page = render(records, summary, advice.sentences, audited, pngs, command)
     (out / "audit.html").write_text(page, encoding="utf-8")
     for name, png in pngs.items():
         (out / f"{name}.png").write_bytes(png)
-    console = Console(highlight=False, markup=False)
-    console.print(_table(summary))
-    for sentence in sentences:
-        console.print(sentence)
-    if len(records) < ADVISED:
-        console.print(f"Only {len(records)} completions: take {ADVISED} or more for a verdict to rely on.")
-    files = ", ".join(["audit.json", *(f"{name}.png" for name in pngs)])
-    console.print(f"the report is {out / 'audit.html'}; beside it {files}", soft_wrap=True)
 
 
 def _jsonable(value: Any) -> Any:
@@ -195,13 +226,26 @@ def _jsonable(value: Any) -> Any:
     return np.where(np.isnan(value), None, value).tolist()
 
 
-def _table(summary: Summary) -> Table:
-    table = Table(title="Credit against what removing each token does to the score", box=None, padding=(0, 2, 0, 0))
+def _print(summaries: dict[int | None, Summary], advice: dict[int | None, Advice], out: Path) -> None:
+    """The table, a row per length and method; the sentences; the command to run."""
     columns = {"rank correlation": "spearman", "of sizes only": "size", "curves apart": "separation"}
-    table.add_column("method", no_wrap=True)
-    for heading in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for method, estimates in summary.items():
-        cells = (f"{estimates[name]:.2f}" if estimates[name] else "–" for name in columns.values())
-        table.add_row(pictures.label(method), *cells)
-    return table
+    table = Table(title="Credit against what removing each token does to the score", box=None, padding=(0, 2, 0, 0))
+    for heading in ("tokens", "method", *columns, "against uniform"):
+        table.add_column(heading, no_wrap=True)
+    for length, summary in summaries.items():
+        for method, estimates in summary.items():
+            cells = (f"{estimates[name]:.2f}" if estimates[name] else "–" for name in columns.values())
+            table.add_row(str(length or "all"), pictures.label(method), *cells, verdict(estimates))
+    console = Console(highlight=False, markup=False)
+    console.width = max(console.width, WIDTH)
+    console.print(table)
+    for length, summary in summaries.items():
+        for sentence in advice[length].sentences:
+            console.print(f"{length} tokens: {sentence}" if length else sentence, soft_wrap=True)
+        number = summary[RANDOM]["spearman"].n
+        if number < ADVISED:
+            console.print(f"Only {number} prompts: take {ADVISED} or more for a verdict to rely on.")
+    where = ", ".join(str(out / str(length or "") / "audit.html") for length in summaries)
+    console.print(f"Pages: {where}; beside them audit.json and pictures.", soft_wrap=True)
+    for line in closing(advice):
+        console.print(line, soft_wrap=True)

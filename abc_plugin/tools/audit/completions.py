@@ -42,6 +42,7 @@ class Reading:
     split: int | None = None  # the completion key holds a whole text, of which so many tokens are the prompt
     append_eos: bool = False
     samples: int = 128
+    tokens: int | None = None  # completions are cut to so many tokens, and shorter ones are left out
 
 
 def read(
@@ -61,6 +62,9 @@ def read(
     count = min(len(lines), reading.samples)
     chosen = [lines[i * len(lines) // count] for i in range(count)]
     completions = [_completion(record, where, tokenizer, reading) for where, record in chosen]
+    if reading.tokens:
+        least = reading.tokens + reading.append_eos
+        completions = [completion for completion in completions if len(completion.ids) >= least]
     for completion in completions:
         length = len(completion.prompt_ids) + len(completion.ids)
         if window is not None and length > window:
@@ -71,8 +75,8 @@ def read(
     distinct = len({completion.prompt for completion in completions if len(completion.ids) >= SHORTEST})
     if distinct < MINIMUM:
         raise UserError(
-            f"{path}: completions of {SHORTEST} or more tokens to {distinct} different prompts are too few: an "
-            f"interval needs at least {MINIMUM} such prompts, and a useful one {ADVISED} or more (--samples)"
+            f"{path}: completions of {reading.tokens or SHORTEST} or more tokens to {distinct} different prompts are "
+            f"too few: an interval needs at least {MINIMUM} such prompts, a useful one {ADVISED} or more (--samples)"
         )
     return completions
 
@@ -91,6 +95,7 @@ def _completion(
         raise UserError(f"{where}: the prompt is empty; the score of an empty completion is read there, so remove it")
     if not ids:
         raise UserError(f"{where}: the completion is empty; there is no credit to audit, so remove the line")
+    ids = ids[: reading.tokens]
     if reading.append_eos and ids[-1] != tokenizer.eos_token_id:
         ids = [*ids, tokenizer.eos_token_id]
     tokens = token_texts(tokenizer, ids)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy.special import entr
-from scipy.stats import rankdata, t
+from scipy.stats import rankdata
 
 from abc_plugin.report.statistics import t_interval
 
@@ -64,22 +64,14 @@ def interval(values: pd.Series, level: float = LEVEL) -> Interval | None:
     return intervals(values.to_frame(0), level)[0]
 
 
-def needed(estimate: Interval, half_width: float) -> int:
-    """How many values would make the 95 % interval's half as wide as that: (1.96 s / half_width)^2, rounded up."""
-    spread = (estimate.high - estimate.low) / 2 / t.ppf((1 + LEVEL) / 2, estimate.n - 1) * math.sqrt(estimate.n)
-    return math.ceil((1.96 * spread / half_width) ** 2)
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Linear correlation of the ranks, ties at their mean rank.
 
-
-def pearson(x: Sequence[float], y: Sequence[float]) -> float:
-    """The linear correlation; NaN where either is constant, or has under 3 values: of two it could only be 1 or -1."""
+    NaN where either is constant, or has under 3 values: of two it could only be 1 or -1.
+    """
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return math.nan
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Pearson's correlation of the ranks, ties at their mean rank; NaN as there."""
-    return pearson(rankdata(x), rankdata(y))
+    return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
 
 
 def shares(size_XT: np.ndarray) -> np.ndarray:
@@ -88,8 +80,8 @@ def shares(size_XT: np.ndarray) -> np.ndarray:
     return np.divide(size_XT, total_X1, out=np.full(size_XT.shape, np.nan), where=total_X1 > 0)
 
 
-def concentration(share_XT: np.ndarray, marks: Mapping[str, list[bool]]) -> dict[str, np.ndarray]:
-    """CONCENTRATION of shares (..., T), each (...); marks: "punctuation" and "special", a bool per token.
+def concentration(share_XT: np.ndarray, marks: Mapping[str, list[float]]) -> dict[str, np.ndarray]:
+    """CONCENTRATION of shares (..., T), each (...); marks: "punctuation" and "special", 0 or 1 per token.
 
     entropy = - sum share ln share / ln T; NaN for one token, and all NaN where the shares are
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from abc_plugin.credit.methods import PREFIX, Evidence, Method
 from abc_plugin.credit.shaping import dropped, shape
 from abc_plugin.errors import UserError
 from abc_plugin.tools.audit.completions import Completion
-from abc_plugin.tools.audit.estimates import concentration, shares, spearman
+from abc_plugin.tools.audit.estimates import spearman
 from abc_plugin.tools.audit.reward_model import FLAG, Explanation, RewardModel
 from abc_plugin.tools.audit.summary import LEAVE_ONE_OUT, RANDOM, RECENCY
 
@@ -26,47 +27,60 @@ EVIDENCE = ("attention", "prefix", "gradient", "contribution")  # what a reward 
 
 
 def measure(
-    model: RewardModel, completion: Completion, methods: dict[str, Method], shaping: ShapingConfig
+    model: RewardModel,
+    completion: Completion,
+    methods: dict[str, Method],
+    shaping: ShapingConfig,
+    spans: int | None = None,
 ) -> dict[str, Any]:
     """All that later steps need of one completion, as plain JSON values (numbers to six digits).
 
     effect[t] = score(whole) - score(without token t); credit and curves by method, among them ``random`` (one draw of
-    random shares), ``recency`` (the later, the more) and ``leave_one_out`` (credit = effect); and, of each
-    layer's mean row and each head's, the correlations with effect and where it lies (``attention``: by statistic and
-    layer a list of the mean row and the heads).
+    random shares), ``recency`` (the later, the more) and ``leave_one_out`` (credit = effect); and the rank correlation
+    of reward · row with the effects, of each layer's mean row and each head's.
+    spans: with more tokens than that, t is not a token but one of so many spans of them, removed whole; credit and
+    rows are summed over it.
     Raises UserError where a score is not finite.
     """
     prompt, ids = completion.prompt_ids, completion.ids
-    left = [prompt + ids, prompt, *(prompt + ids[:t] + ids[t + 1 :] for t in range(len(ids)))]
+    starts = np.linspace(0, len(ids), min(len(ids), spans or len(ids)), endpoint=False).round().astype(int).tolist()
+    bounds = list(zip(starts, [*starts[1:], len(ids)], strict=True))
+    pieces = [ids[start:end] for start, end in bounds]
+    left = [prompt + ids, prompt, *(prompt + sum(pieces[:t] + pieces[t + 1 :], []) for t in range(len(pieces)))]
     [_, empty, *without] = _finite(model, left, completion)
     explained = model.explain(prompt + ids)
+
+    def pooled(x_XT: Tensor) -> Tensor:
+        return torch.from_numpy(np.add.reduceat(x_XT.double().numpy(), starts, axis=-1))
+
     effect_T = torch.tensor([explained.score - score for score in without], dtype=torch.float64)
-    credit = {name: credit_of(method, completion, explained, empty, shaping) for name, method in methods.items()}
-    credit[RANDOM] = random_credit(len(ids), explained.score, seed=completion.row)
-    credit[RECENCY] = recency_credit(len(ids), explained.score)
+    credit = {
+        name: pooled(credit_of(method, completion, explained, empty, shaping)) for name, method in methods.items()
+    }
+    credit[RANDOM] = random_credit(len(pieces), explained.score, seed=completion.row)
+    credit[RECENCY] = recency_credit(len(pieces), explained.score)
     credit[LEAVE_ONE_OUT] = effect_T
-    rows_LHT = explained.rows_LHS[:, :, len(prompt) :]
-    attention_S = explained.evidence["attention"]
-    share_LXT = shares(torch.cat([rows_LHT.mean(1, keepdim=True), rows_LHT], 1).double().numpy())
-    marks = {"punctuation": completion.punctuation, "special": completion.special}
+    rows_LHT, row_T = (
+        pooled(row_XS[..., len(prompt) :]) for row_XS in (explained.rows_LHS, explained.evidence["attention"])
+    )
+
+    def agreement(row_T: Tensor) -> float:
+        return spearman(explained.score * row_T, effect_T)
+
     return {
         "row": completion.row,
         "prompt": completion.prompt,
-        "tokens": completion.tokens,
-        **marks,
+        "tokens": ["".join(completion.tokens[start:end]) for start, end in bounds],
+        "punctuation": _plain([np.mean(completion.punctuation[start:end]) for start, end in bounds]),
+        "special": _plain([np.mean(completion.special[start:end]) for start, end in bounds]),
         "reward": explained.score,
         "empty": empty,
         "effect": _plain(effect_T),
-        "gradient": None if explained.gradient_S is None else _plain(explained.gradient_S[len(prompt) :]),
         "credit": {name: _plain(credit_T) for name, credit_T in credit.items()},
-        "curves": curves(model, completion, credit, explained.score, empty),
-        "layers": [_agreement(row_T, effect_T, explained.score) for row_T in rows_LHT.mean(1)],
-        "heads": [[_agreement(row_T, effect_T, explained.score) for row_T in rows_HT] for rows_HT in rows_LHT],
-        "attention": {name: _plain(value_LX) for name, value_LX in concentration(share_LXT, marks).items()},
-        "configured": _agreement(attention_S[len(prompt) :], effect_T, explained.score),
-        "configured_heads": _plain(rows_LHT[model.configured]),
-        "on_prompt": _plain(attention_S[: len(prompt)].sum()),
-        "on_first": _plain(attention_S[0]),
+        "curves": curves(model, completion, pieces, credit, explained.score, empty),
+        "layers": _plain([agreement(row_T) for row_T in rows_LHT.mean(1)]),
+        "heads": _plain([[agreement(row_T) for row_T in rows_HT] for rows_HT in rows_LHT]),
+        "configured": _plain(agreement(row_T)),
     }
 
 
@@ -119,34 +133,33 @@ def removal_order(credit_T: Tensor, seed: int) -> list[int]:
 
 
 def curves(
-    model: RewardModel, completion: Completion, credit: dict[str, Tensor], whole: float, empty: float
+    model: RewardModel,
+    completion: Completion,
+    pieces: list[list[int]],
+    credit: dict[str, Tensor],
+    whole: float,
+    empty: float,
 ) -> dict[str, dict[str, list[float]]]:
-    """Score after k tenths of the completion are removed, k = 0 to POINTS, by method and direction.
+    """Score after k tenths of the completion's pieces (tokens, or spans of them) are removed, k = 0 to POINTS.
 
-    "highest": the tokens of highest credit go first; the faithful curve falls early.  "lowest": those of lowest credit
+    "highest": those of highest credit go first; the faithful curve falls early.  "lowest": those of lowest credit
     (most negative) go first; the faithful one rises, or stays up.  Read backwards, "lowest" is insertion: the score
-    when the tokens of highest credit are put into an empty completion first, each at its position.
+    when those of highest credit are put into an empty completion first, each at its position.
     """
-    prompt, ids = completion.prompt_ids, completion.ids
-    counts = [round(k * len(ids) / POINTS) for k in range(POINTS + 1)]
+    counts = [round(k * len(pieces) / POINTS) for k in range(POINTS + 1)]
     left: dict[tuple[str, str], list[tuple[int, ...]]] = {}
     for name, credit_T in credit.items():
         order = removal_order(credit_T, completion.row)
         left[name, "highest"] = [tuple(sorted(order[count:])) for count in counts]
-        left[name, "lowest"] = [tuple(sorted(order[: len(ids) - count])) for count in counts]
-    known = {tuple(range(len(ids))): whole, (): empty}
+        left[name, "lowest"] = [tuple(sorted(order[: len(pieces) - count])) for count in counts]
+    known = {tuple(range(len(pieces))): whole, (): empty}
     wanted = sorted({kept for curve in left.values() for kept in curve} - set(known))
-    scores = _finite(model, [prompt + [ids[t] for t in kept] for kept in wanted], completion)
-    known |= dict(zip(wanted, scores, strict=True))
+    texts = [completion.prompt_ids + sum((pieces[t] for t in kept), []) for kept in wanted]
+    known |= dict(zip(wanted, _finite(model, texts, completion), strict=True))
     return {
         name: {way: _plain([known[kept] for kept in left[name, way]]) for way in ("highest", "lowest")}
         for name in credit
     }
-
-
-def _agreement(row_T: Tensor, effect_T: Tensor, reward: float) -> list[float | None]:
-    """Rank correlation of reward · row with the effects, and of the row with the effects' sizes."""
-    return _plain([spearman(reward * row_T.double(), effect_T), spearman(row_T.double(), effect_T.abs())])
 
 
 def _finite(model: RewardModel, sequences: list[list[int]], completion: Completion) -> list[float]:

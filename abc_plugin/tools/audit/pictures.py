@@ -1,20 +1,16 @@
-"""The audit's pictures, as PNGs: agreement with leave-one-out, curves, and two maps of layers and heads."""
+"""The audit's pictures, as PNGs: agreement with leave-one-out, curves, and a map of layers and heads."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 from abc_plugin.report import plots
 from abc_plugin.tools.audit.estimates import intervals
 from abc_plugin.tools.audit.head_map import HeadMap
 from abc_plugin.tools.audit.measure import POINTS
-from abc_plugin.tools.audit.summary import LEAVE_ONE_OUT, RANDOM, RECENCY, Estimates, Record, Summary, prompts
+from abc_plugin.tools.audit.summary import LEAVE_ONE_OUT, RANDOM, RECENCY, Record, Summary, prompts
 
 GREY = (RANDOM, RECENCY, "uniform")
 AGREEMENT = {
@@ -25,14 +21,6 @@ AGREEMENT = {
 CURVES = {  # in the order of the share: removed from the whole, or, read backwards, put into the prompt
     "highest": ("Deletion: the tokens of highest credit go first", "score minus that of the whole", "removed", 1),
     "lowest": ("Insertion: the tokens of highest credit come first", "score minus that of the prompt", "put in", -1),
-}
-# title, and what uniform credit has, of ``summary.background``
-SHARES = {
-    "entropy": ("Entropy, as a share of uniform's", None),
-    "first": ("On the first token", "one token"),
-    "last": ("On the last token", "one token"),
-    "punctuation": ("On punctuation", "punctuation"),
-    "special": ("On special tokens", "special"),
 }
 
 
@@ -84,62 +72,30 @@ def curves(records: list[Record]) -> bytes:
 
 @plots.style()
 def heads(head_map: HeadMap) -> bytes:
-    """The map, layers x heads: of reward · row with the effects, and of the row with their sizes."""
+    """Layers x (mean row, heads): rank correlation of reward · row with the effects; the layer read in a box."""
     layers, number = head_map.signed_LH.shape
     panel = (max(4.8, min(9.4, 0.34 * number + 2.0)), max(2.6, min(13.4, 0.3 * layers + 0.9)))
-    figure, axes = plots.panels(2, panel=panel)
-    maps = {
-        "Reward · attention with the effects of removal": (head_map.signed_L, head_map.signed_LH),
-        "Attention with the sizes of the effects": (head_map.size_L, head_map.size_LH),
-    }
-    bound = max(0.05, *(np.abs(np.nan_to_num(values)).max() for pair in maps.values() for values in pair))
-    for axis, (title, pair) in zip(axes, maps.items(), strict=True):
-        image = _grid(axis, np.column_stack(pair), title, head_map, cmap=plots.SIGNED, vmin=-bound, vmax=bound)
-    for marked, mark in ((head_map.carrying, "+"), (head_map.against, "−")):
-        for layer, head in marked:
-            axes[0].text(head + 1, head_map.layers.index(layer), mark, ha="center", va="center", fontsize=8)
-    figure.colorbar(image, ax=axes, label="mean rank correlation", fraction=0.04)
-    plots.caption(
-        figure,
-        "all: a layer's mean row; box: the layer read now; left, + and −: the interval, widened for the number of "
-        "heads, lies off 0",
-    )
-    return plots.png(figure)
-
-
-@plots.style()
-def shares(head_map: HeadMap, background: Estimates) -> bytes:
-    """Where the attention of each layer and head lies on the completion, and its entropy: a panel each."""
-    layers, number = head_map.signed_LH.shape
-    panel = (max(3.6, min(6.0, 0.2 * number + 1.8)), max(2.4, min(9.0, 0.16 * layers + 1.2)))
-    figure, axes = plots.panels(len(SHARES), 3, panel=panel)
-    for axis, (name, (title, known)) in zip(axes, SHARES.items(), strict=True):
-        values = np.column_stack([head_map.shares_L[name], head_map.shares_LH[name]])
-        top = 1.0 if name == "entropy" else max(0.01, np.nan_to_num(values).max())
-        image = _grid(axis, values, title, head_map, cmap=plots.SEQUENTIAL, vmin=0, vmax=top)
-        bar = figure.colorbar(image, ax=axis, fraction=0.06)
-        if known and (uniform := background[known]) and uniform.mean <= top:
-            bar.ax.axhline(uniform.mean, color=plots.LIGHT.colours[1], linewidth=2)
-    plots.caption(
-        figure,
-        "attention of the token whose score is read, renormalised over the completion; means over prompts\n"
-        "all: a layer's mean row; box: the layer read now; orange on a scale: what uniform credit has",
-    )
-    return plots.png(figure)
-
-
-def _grid(axis: Axes, values_LX: np.ndarray, title: str, head_map: HeadMap, **colours: Any) -> AxesImage:
-    """A picture of layers x (mean row, heads), the layer that is read in a box."""
-    number = values_LX.shape[1] - 1
-    image = axis.imshow(values_LX, aspect="auto", interpolation="nearest", **colours)
+    figure, [axis] = plots.panels(1, panel=panel)
+    values_LX = np.column_stack([head_map.signed_L, head_map.signed_LH])
+    bound = max(0.05, np.abs(np.nan_to_num(values_LX)).max())
+    image = axis.imshow(values_LX, aspect="auto", interpolation="nearest", cmap=plots.SIGNED, vmin=-bound, vmax=bound)
     every = max(1, number // 16)
     ticks = [0, *range(1 if every == 1 else 1 + every, number + 1, every)]  # 0 beside "all" only where it has room
     axis.set_xticks(ticks, labels=["all" if tick == 0 else str(tick - 1) for tick in ticks])
-    every = max(1, len(head_map.layers) // 16)
-    axis.set_yticks(range(0, len(head_map.layers), every), labels=map(str, head_map.layers[::every]))
-    axis.set(title=title, xlabel="head", ylabel="layer")
+    every = max(1, layers // 16)
+    axis.set_yticks(range(0, layers, every), labels=map(str, head_map.layers[::every]))
+    axis.set(title="Reward · attention with the effects of removal", xlabel="head", ylabel="layer")
     axis.grid(False)
     axis.axvline(0.5, color=plots.LIGHT.ink, linewidth=0.8)
     corner = (-0.47, head_map.configured - 0.47)
     axis.add_patch(Rectangle(corner, number + 0.94, 0.94, fill=False, edgecolor=plots.LIGHT.ink))
-    return image
+    for marked, mark in ((head_map.carrying, "+"), (head_map.against, "−")):
+        for layer, head in marked:
+            axis.text(head + 1, head_map.layers.index(layer), mark, ha="center", va="center", fontsize=8)
+    figure.colorbar(image, ax=axis, label="mean rank correlation", fraction=0.04)
+    plots.caption(
+        figure,
+        "all: a layer's mean row; box: the layer read now; + and −: the interval, widened for the number of heads,\n"
+        "lies off 0",
+    )
+    return plots.png(figure)

@@ -9,8 +9,8 @@ from typing import Any
 from abc_plugin.errors import UserError
 
 NAME = "completions.jsonl"
-OUTPUTS = ("audit.json", "audit.html", "agreement.png", "curves.png", "heads.png", "shares.png")
-FORMAT = 2  # of the records; another where they hold something else, or a method's credit means something else
+OUTPUTS = ("audit.json", "audit.html", "agreement.png", "curves.png", "heads.png")
+FORMAT = 3  # of the records; another where they hold something else, or a method's credit means something else
 
 
 class Results:

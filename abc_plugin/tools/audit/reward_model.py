@@ -1,4 +1,4 @@
-"""The reward model in plain transformers, read as OpenRLHF reads it: scores, attention rows, gradients."""
+"""The reward model in plain transformers, read as OpenRLHF reads it: scores, evidence, attention rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from captum.attr import LayerGradientXActivation
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -28,7 +27,6 @@ class Explanation:
     score: float
     evidence: dict[str, Tensor]  # what methods need, by name (``credit.methods.NEEDS``), each (S,)
     rows_LHS: Tensor  # attention of the last token, by layer and head
-    gradient_S: Tensor | None  # captum's gradient x input of the score on each token's embedding; None if not asked
 
 
 class RewardModel:
@@ -55,8 +53,7 @@ class RewardModel:
     ) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_reward_model(path, head=head, dtype=dtype, normalise=normalise).to(self.device).eval()
-        self.gradient = "gradient" in needs
-        if self.gradient and getattr(self.model, "is_quantized", False):
+        if "gradient" in needs and getattr(self.model, "is_quantized", False):
             raise UserError(
                 f"{FLAG} {path} is a quantised checkpoint, whose kernels need not have a backward pass: audit the "
                 "unquantised one, which training with --ds.load_in_4bit quantises itself, or give --methods without "
@@ -125,16 +122,7 @@ class RewardModel:
             score = self.model(ids_BS, mask_BS).item()
             rows_LHS = torch.stack([recording.row_BHS[0] for recording in recordings]).float().cpu()
         evidence = {name: row_BS[0] for name, row_BS in rows(read).items()}
-        return Explanation(score, evidence, rows_LHS, self._gradient(ids_BS) if self.gradient else None)
-
-    def _gradient(self, ids_BS: Tensor) -> Tensor:
-        """gradient[s] = sum_d embedding[s,d] · d score / d embedding[s,d], by captum, (S,)."""
-        embedding = self.model.get_input_embeddings()
-        embedding.weight.requires_grad_(True)  # so that its output takes part in the graph; it gets no gradient
-        explain = LayerGradientXActivation(self.model, embedding)
-        attribution_BSD = explain.attribute(ids_BS, additional_forward_args=torch.ones_like(ids_BS))
-        embedding.weight.requires_grad_(False)
-        return attribution_BSD[0].detach().float().sum(-1).cpu()
+        return Explanation(score, evidence, rows_LHS)
 
     def fingerprint(self) -> str:
         """Sixteen hex digits over the weights' names, shapes and up to 64 values of each, evenly spaced."""

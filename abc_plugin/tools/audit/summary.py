@@ -14,43 +14,34 @@ from abc_plugin.tools.audit.estimates import (
     Interval,
     concentration,
     intervals,
-    pearson,
     shares,
     spearman,
 )
 
 Record = dict[str, Any]  # of one completion, as ``measure`` writes it
 Tables = dict[str, pd.DataFrame]  # by method: a line per completion, its prompt as the index, a column per statistic
-Estimates = dict[str, Interval | None]  # by statistic, or of ``background``
+Estimates = dict[str, Interval | None]  # by statistic
 Summary = dict[str, Estimates]  # by method
 
 RANDOM, RECENCY, LEAVE_ONE_OUT = "random", "recency", "leave_one_out"
 STATISTICS = {
     "spearman": "rank correlation of credit with the effect of each token's removal",
-    "pearson": "linear correlation of the same",
     "size": "rank correlation of the sizes of credit and effect, whatever their signs",
-    "gradient": "rank correlation of credit with gradient x input",
-    "gradient_pearson": "linear correlation of the same",
     "deletion": "area under the deletion curve, highest credit removed first, score units; lower is more faithful",
     "insertion": "area under the insertion curve, highest credit put in first, score units; higher is more faithful",
     "separation": "insertion minus deletion area, score units; 0 in expectation for an order that knows nothing",
     **{name: f"{text}, of the credit's sizes" for name, text in CONCENTRATION.items()},
 }
-COMPARED = ("spearman", "size", "separation")  # also as paired differences to the random baseline
 
 
 def statistics(record: Record, method: str) -> dict[str, float]:
     """STATISTICS of one completion's credit by ``method``; NaN where not defined."""
     credit, effect = np.array(record["credit"][method]), np.array(record["effect"])
-    gradient = record["gradient"] or [0.0] * len(effect)  # not measured: undefined, as a constant is
     # Mean height of a curve over the share removed, by the trapezoidal rule.
     area = {way: float(np.trapezoid(curve)) / (len(curve) - 1) for way, curve in record["curves"][method].items()}
     return {
         "spearman": spearman(credit, effect),
-        "pearson": pearson(credit, effect),
         "size": spearman(np.abs(credit), np.abs(effect)),
-        "gradient": spearman(credit, gradient),
-        "gradient_pearson": pearson(credit, gradient),
         "deletion": area["highest"],
         "insertion": area["lowest"],
         "separation": area["lowest"] - area["highest"],
@@ -71,34 +62,11 @@ def tabulate(records: list[Record]) -> Tables:
     }
 
 
-def gain(
-    tables: dict[str, pd.DataFrame], method: str, other: str, names: Iterable[str], level: float = LEVEL
-) -> dict[str, Interval | None]:
+def gain(tables: Tables, method: str, other: str, names: Iterable[str], level: float = LEVEL) -> Estimates:
     """The paired differences of two methods in these statistics."""
     return intervals((tables[method] - tables[other])[list(names)], level)
 
 
 def summarise(tables: Tables) -> Summary:
-    """Per method each statistic, and for those COMPARED ``<name>_over_random``, the paired difference to random."""
-    summary: Summary = {}
-    for method, table in tables.items():
-        over = gain(tables, method, RANDOM, COMPARED)
-        summary[method] = intervals(table) | {
-            f"{name}_over_random": None if method == RANDOM else over[name] for name in COMPARED
-        }
-    return summary
-
-
-def background(records: list[Record]) -> Estimates:
-    """What shares are to be held against: how many tokens are of each kind, and what the renormalising removed."""
-    columns = {
-        "punctuation": [np.mean(record["punctuation"]) for record in records],
-        "special": [np.mean(record["special"]) for record in records],
-        "one token": [1 / len(record["tokens"]) for record in records],
-        "attention on the prompt": [record["on_prompt"] for record in records],
-        "attention on the first position": [record["on_first"] for record in records],
-        "tokens": [len(record["tokens"]) for record in records],
-        "reward": [record["reward"] for record in records],
-        "score of the prompt alone": [record["empty"] for record in records],
-    }
-    return intervals(pd.DataFrame(columns, prompts(records)))
+    """Per method each statistic."""
+    return {method: intervals(table) for method, table in tables.items()}

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaCo
 from abc_plugin.cli import main
 from abc_plugin.errors import UserError
 from abc_plugin.tools.audit import reward_model
-from abc_plugin.tools.audit.completions import Reading, is_punctuation, read
+from abc_plugin.tools.audit.completions import Reading, read
 from abc_plugin.tools.audit.reward_model import RewardModel
 
 
@@ -38,7 +38,7 @@ def test_prompt_and_completion_become_ids_at_evenly_spaced_lines(tmp_path, token
     assert [completion.row for completion in chosen] == list(range(1, 100, 5))
     assert chosen[0].prompt == "w0 w1"
     assert tokenizer.convert_ids_to_tokens(chosen[0].prompt_ids + chosen[0].ids) == ["w0", "w1", "w2", "good", "."]
-    assert chosen[0].punctuation == [False, False, True] and chosen[0].special == [False] * 3
+    assert chosen[0].special == [False] * 3
 
 
 def test_completions_are_cut_and_shorter_ones_left_out(tmp_path, tokenizer):
@@ -73,11 +73,6 @@ def test_other_forms_of_a_line(record, reading, prompt, tokens, tmp_path, tokeni
     others = [json.loads(json.dumps(record).replace("w0", f"w{i}")) for i in range(1, 12)]
     [first, *_] = read(write(tmp_path / "d", [record, *others]), tokenizer, Reading(**reading), 32)
     assert first.prompt == prompt and tokenizer.convert_ids_to_tokens(first.ids) == tokens
-
-
-def test_punctuation():
-    assert is_punctuation(" .") and is_punctuation("...") and is_punctuation("$")
-    assert not is_punctuation(" a.") and not is_punctuation(" ") and not is_punctuation("")
 
 
 @pytest.mark.parametrize(

@@ -14,18 +14,16 @@ from snapshots import assert_snapshot
 
 from abc_plugin.config import ShapingConfig
 from abc_plugin.credit.methods import load
-from abc_plugin.tools.audit.advice import advise, closing, verdict
-from abc_plugin.tools.audit.audit_page import render
+from abc_plugin.tools.audit.advice import Advice, advise, closing, verdict
 from abc_plugin.tools.audit.estimates import (
     Interval,
-    concentration,
     interval,
     intervals,
-    shares,
     spearman,
 )
 from abc_plugin.tools.audit.head_map import halves, map_heads
 from abc_plugin.tools.audit.measure import curves, recency_credit
+from abc_plugin.tools.audit.outputs import Outcome, render
 from abc_plugin.tools.audit.summary import (
     LEAVE_ONE_OUT,
     RANDOM,
@@ -93,8 +91,6 @@ def record(number, effect, credit, heads=None, baselines=True):
         "row": number,
         "prompt": f"prompt {number}",
         "tokens": [f" t{i}" for i in range(tokens)],
-        "punctuation": [i == 0 for i in range(tokens)],
-        "special": [False] * tokens,
         "reward": 1.0 + float(effect.sum()),
         "empty": 1.0,
         "effect": effect.tolist(),
@@ -120,12 +116,9 @@ def advice(records, read=None, **shaping):
     return advise(summarise(tables), tables, head_map, METHODS, ShapingConfig(**shaping), "my model")
 
 
-def test_shares_entropy_and_areas_by_hand():
+def test_areas_by_hand():
     credit = [3.0, -1.0, 0.0, 0.0]
     one = record(1, [1.0, 2.0, 0.0, 0.0], {"abc": credit})
-    expected = {"first": 0.75, "last": 0.0, "punctuation": 0.75, "special": 0.0}
-    expected["entropy"] = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(4)
-    assert {name: statistics(one, "abc")[name] for name in expected} == pytest.approx(expected)
     # removed after each tenth of 4 tokens: 0 0 1 1 2 2 2 3 3 4 4; leave-one-out removes 2, then 1
     highest = [4, 4, 2, 2, 1, 1, 1, 1, 1, 1, 1]
     lowest = [4, 4, 4, 4, 4, 4, 4, 3, 3, 1, 1]
@@ -134,22 +127,6 @@ def test_shares_entropy_and_areas_by_hand():
     assert areas["deletion"] == pytest.approx((sum(highest) - 2.5) / 10)
     assert areas["insertion"] == pytest.approx((sum(lowest) - 2.5) / 10)
     assert areas["separation"] == pytest.approx((sum(lowest) - sum(highest)) / 10)
-
-
-def test_concentration_of_rows_by_hand():
-    """Two rows of three tokens at once; attention that is zero on the whole completion lies nowhere."""
-    marks = {"punctuation": [False, True, True], "special": [False] * 3}
-    expected = {
-        "entropy": 1.5 * math.log(2) / math.log(3),
-        "first": 0.25,
-        "last": 0.5,
-        "punctuation": 0.75,
-        "special": 0,
-    }
-    for name, values in concentration(shares(np.array([[1.0, 1.0, 2.0], [0.0, 0.0, 0.0]])), marks).items():
-        assert values[0] == pytest.approx(expected[name]) and np.isnan(values[1]), name
-    one = {"punctuation": [False], "special": [False]}
-    assert np.isnan(concentration(shares(np.array([2.0])), one)["entropy"])
 
 
 def test_noise_is_seldom_called_better():
@@ -290,8 +267,10 @@ def test_the_page_escapes_what_came_from_data():
     for one in records:
         one |= {"prompt": "<script>alert(1)</script>", "tokens": ["<em>"] + one["tokens"][1:]}
     pngs = dict.fromkeys(("agreement", "curves", "heads"), b"png")
-    summary = summarise(tabulate(records))
-    page = render(records, summary, ["<i>"], {"model": "<u>"}, pngs, "<a>")
-    for tag in ("<script>", "<em>", "<i>", "<u>", "<a>"):
+    outcome = Outcome(
+        records, summarise(tabulate(records)), None, Advice(["<i>"], "<x-command>", "<x-why>"), {"model": "<u>"}
+    )
+    page = render(outcome, pngs, "<a>")
+    for tag in ("<script>", "<em>", "<i>", "<x-command>", "<x-why>", "<u>", "<a>"):
         assert tag not in page
     assert "&lt;script&gt;" in page

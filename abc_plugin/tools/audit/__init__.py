@@ -2,8 +2,8 @@
 
 Imports torch, transformers, scipy and matplotlib; never openrlhf. Read in this order: ``completions`` (what is
 audited), ``reward_model`` (scores, evidence, rows), ``measure`` (one completion), ``results`` (the file that a killed
-audit goes on with), ``estimates`` (correlations, shares, intervals) and ``summary`` (the table over completions),
-``head_map`` (layers and heads), ``advice`` (sentences, the command to run), ``pictures`` and ``audit_page``,
+audit goes on with), ``estimates`` (correlations, intervals) and ``summary`` (the table over completions),
+``head_map`` (layers and heads), ``advice`` (sentences, the command to run), ``pictures`` and ``outputs``,
 ``command`` (the way in). README.md says how to read the outcome.
 
 Dimensions: B sequences of a batch, S tokens of a sequence, A = S - 1 actions, T tokens of a completion, L layers with

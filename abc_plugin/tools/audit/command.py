@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import shlex
@@ -11,35 +10,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from abc_plugin.config import ShapingConfig, add_flags
 from abc_plugin.credit import methods as registry
 from abc_plugin.errors import CreditError, UserError
 
 try:
-    import numpy as np
     import torch
     from tqdm import tqdm
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     from abc_plugin.attention.model_files import check_reads, read_config
-    from abc_plugin.tools.audit import pictures
-    from abc_plugin.tools.audit.advice import Advice, advise, closing, verdict
-    from abc_plugin.tools.audit.audit_page import render
-    from abc_plugin.tools.audit.completions import ADVISED, SHORTEST, Completion, Reading, read
-    from abc_plugin.tools.audit.head_map import HeadMap, map_heads
+    from abc_plugin.tools.audit.advice import advise
+    from abc_plugin.tools.audit.completions import SHORTEST, Completion, Reading, read
+    from abc_plugin.tools.audit.head_map import map_heads
     from abc_plugin.tools.audit.measure import EVIDENCE, POINTS, measure
+    from abc_plugin.tools.audit.outputs import Outcome, tell, write
     from abc_plugin.tools.audit.results import Results
     from abc_plugin.tools.audit.reward_model import FLAG, RewardModel
-    from abc_plugin.tools.audit.summary import RANDOM, STATISTICS, Record, Summary, summarise, tabulate
+    from abc_plugin.tools.audit.summary import summarise, tabulate
 except ModuleNotFoundError as error:
     raise UserError(f"abc-rlhf audit needs {error.name}; pip install 'abc-plugin[audit]'") from None
 
 CONTRIBUTION = "contribution"  # evidence that not every reward model has (attention/contribution.py)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-WIDTH = 108  # of the table
 SHAPING = ("layer", "heads", "drop", "entropy_floor")  # the settings that decide which token gets how much
 
 
@@ -114,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         "spans": args.spans,
         "points": POINTS,
     }
-    summaries, advice = {}, {}
+    outcomes = {}
     for length, completions in read_of.items():
         directory = out / str(length) if length else out
         of_these = configuration | {"completions": _digest(completions)}
@@ -123,14 +116,13 @@ def run(args: argparse.Namespace) -> int:
         for completion in tqdm(completions[done:], name, len(completions), initial=done, unit="completion"):
             results.append(measure(model, completion, methods, shaping, args.spans))
         tables = tabulate(results.records)
-        summaries[length] = summarise(tables)
+        summary = summarise(tables)
         head_map = map_heads(results.records, model.layers, model.configured, model.heads)
-        advice[length] = advise(summaries[length], tables, head_map, methods, shaping, path)
+        advice = advise(summary, tables, head_map, methods, shaping, path)
         audited = {"reward model": path, "data": f"{len(completions)} completions of {args.data}"} | of_these
-        _write(
-            directory, results.records, summaries[length], head_map, advice[length], audited, _command_line(options)
-        )
-    _print(summaries, advice, out)
+        outcomes[length] = Outcome(results.records, summary, head_map, advice, audited)
+        write(directory, outcomes[length], _command_line(options))
+    tell(outcomes, out)
     return 0
 
 
@@ -181,7 +173,7 @@ def _tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def _digest(completions: list[Completion]) -> str:
     """Sixteen hex digits over all ids."""
-    text = json.dumps([dataclasses.astuple(completion) for completion in completions])
+    text = json.dumps([(completion.prompt_ids, completion.ids) for completion in completions])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -193,59 +185,3 @@ def _command_line(options: dict[str, Any]) -> str:
             values = [] if value is True else value if isinstance(value, list) else [value]
             words += [f"--{name}", *map(str, values)]
     return shlex.join(words)
-
-
-def _write(
-    out: Path,
-    records: list[Record],
-    summary: Summary,
-    head_map: HeadMap,
-    advice: Advice,
-    audited: dict[str, Any],
-    command: str,
-) -> None:
-    """audit.json, audit.html and the pictures."""
-    pngs = {
-        "agreement": pictures.agreement(summary),
-        "curves": pictures.curves(records),
-        "heads": pictures.heads(head_map),
-    }
-    text = {"advice": advice._asdict(), "about": audited, "statistics": STATISTICS}
-    everything = text | {"methods": summary, "heads": head_map}
-    (out / "audit.json").write_text(json.dumps(everything, indent=1, default=_jsonable) + "\n", encoding="utf-8")
-    page = render(records, summary, advice.sentences, audited, pngs, command)
-    (out / "audit.html").write_text(page, encoding="utf-8")
-    for name, png in pngs.items():
-        (out / f"{name}.png").write_bytes(png)
-
-
-def _jsonable(value: Any) -> Any:
-    """Dataclasses as objects, arrays as lists with null for NaN."""
-    if dataclasses.is_dataclass(value):
-        return vars(value)
-    return np.where(np.isnan(value), None, value).tolist()
-
-
-def _print(summaries: dict[int | None, Summary], advice: dict[int | None, Advice], out: Path) -> None:
-    """The table, a row per length and method; the sentences; the command to run."""
-    columns = {"rank correlation": "spearman", "of sizes only": "size", "curves apart": "separation"}
-    table = Table(title="Credit against what removing each token does to the score", box=None, padding=(0, 2, 0, 0))
-    for heading in ("tokens", "method", *columns, "against uniform"):
-        table.add_column(heading, no_wrap=True)
-    for length, summary in summaries.items():
-        for method, estimates in summary.items():
-            cells = (f"{estimates[name]:.2f}" if estimates[name] else "–" for name in columns.values())
-            table.add_row(str(length or "all"), pictures.label(method), *cells, verdict(estimates))
-    console = Console(highlight=False, markup=False)
-    console.width = max(console.width, WIDTH)
-    console.print(table)
-    for length, summary in summaries.items():
-        for sentence in advice[length].sentences:
-            console.print(f"{length} tokens: {sentence}" if length else sentence, soft_wrap=True)
-        number = summary[RANDOM]["spearman"].n
-        if number < ADVISED:
-            console.print(f"Only {number} prompts: take {ADVISED} or more for a verdict to rely on.")
-    where = ", ".join(str(out / str(length or "") / "audit.html") for length in summaries)
-    console.print(f"Pages: {where}; beside them audit.json and pictures.", soft_wrap=True)
-    for line in closing(advice):
-        console.print(line, soft_wrap=True)

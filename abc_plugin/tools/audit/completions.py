@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ class Completion:
     prompt_ids: list[int]
     ids: list[int]
     tokens: list[str]  # texts of ``ids``, which join to the completion
-    punctuation: list[bool]
     special: list[bool]
 
 
@@ -100,8 +98,7 @@ def _completion(
         ids = [*ids, tokenizer.eos_token_id]
     tokens = token_texts(tokenizer, ids)
     special = [token in tokenizer.all_special_ids for token in ids]
-    punctuation = [is_punctuation(text) and not other for text, other in zip(tokens, special, strict=True)]
-    return Completion(int(where.rpartition(":")[2]), prompt, prompt_ids, ids, tokens, punctuation, special)
+    return Completion(int(where.rpartition(":")[2]), prompt, prompt_ids, ids, tokens, special)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -133,9 +130,3 @@ def _prompt_text(prompt: Any, where: str, tokenizer: PreTrainedTokenizerBase) ->
         raise UserError(
             f"{where}: the prompt is no text, and no chat that the tokenizer's template takes: {error}"
         ) from None
-
-
-def is_punctuation(text: str) -> bool:
-    """Whether a token has visible characters and all of them are punctuation or symbols (Unicode P and S)."""
-    visible = text.strip()
-    return bool(visible) and all(unicodedata.category(char)[0] in "PS" for char in visible)

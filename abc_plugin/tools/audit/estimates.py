@@ -1,27 +1,19 @@
-"""Statistics on few numbers: correlations and shares that may be undefined (NaN), means with an interval."""
+"""Statistics on few numbers: correlations that may be undefined (NaN), means with an interval."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import entr
 from scipy.stats import rankdata
 
 from abc_plugin.report.statistics import t_interval
 
 LEVEL = 0.95
-CONCENTRATION = {
-    "entropy": "entropy, as a share of uniform's",
-    "first": "share on the completion's first token",
-    "last": "share on its last token",
-    "punctuation": "share on punctuation",
-    "special": "share on special tokens",
-}
 
 
 @dataclass(frozen=True)
@@ -72,24 +64,3 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return math.nan
     return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
-
-
-def shares(size_XT: np.ndarray) -> np.ndarray:
-    """size / its sum over the tokens, (..., T), sizes >= 0; NaN where the sum is 0."""
-    total_X1 = size_XT.sum(-1, keepdims=True)
-    return np.divide(size_XT, total_X1, out=np.full(size_XT.shape, np.nan), where=total_X1 > 0)
-
-
-def concentration(share_XT: np.ndarray, marks: Mapping[str, list[float]]) -> dict[str, np.ndarray]:
-    """CONCENTRATION of shares (..., T), each (...); marks: "punctuation" and "special", 0 or 1 per token.
-
-    entropy = - sum share ln share / ln T; NaN for one token, and all NaN where the shares are
-    """
-    tokens = share_XT.shape[-1]
-    return {
-        "entropy": entr(share_XT).sum(-1) / (math.log(tokens) if tokens > 1 else math.nan),
-        "first": share_XT[..., 0],
-        "last": share_XT[..., -1],
-        "punctuation": (share_XT * marks["punctuation"]).sum(-1),
-        "special": (share_XT * marks["special"]).sum(-1),
-    }

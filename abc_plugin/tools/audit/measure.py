@@ -71,8 +71,6 @@ def measure(
         "row": completion.row,
         "prompt": completion.prompt,
         "tokens": ["".join(completion.tokens[start:end]) for start, end in bounds],
-        "punctuation": _plain([np.mean(completion.punctuation[start:end]) for start, end in bounds]),
-        "special": _plain([np.mean(completion.special[start:end]) for start, end in bounds]),
         "reward": explained.score,
         "empty": empty,
         "effect": _plain(effect_T),

@@ -8,15 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from abc_plugin.tools.audit.estimates import (
-    CONCENTRATION,
-    LEVEL,
-    Interval,
-    concentration,
-    intervals,
-    shares,
-    spearman,
-)
+from abc_plugin.tools.audit.estimates import LEVEL, Interval, intervals, spearman
 
 Record = dict[str, Any]  # of one completion, as ``measure`` writes it
 Tables = dict[str, pd.DataFrame]  # by method: a line per completion, its prompt as the index, a column per statistic
@@ -30,7 +22,6 @@ STATISTICS = {
     "deletion": "area under the deletion curve, highest credit removed first, score units; lower is more faithful",
     "insertion": "area under the insertion curve, highest credit put in first, score units; higher is more faithful",
     "separation": "insertion minus deletion area, score units; 0 in expectation for an order that knows nothing",
-    **{name: f"{text}, of the credit's sizes" for name, text in CONCENTRATION.items()},
 }
 
 
@@ -45,7 +36,6 @@ def statistics(record: Record, method: str) -> dict[str, float]:
         "deletion": area["highest"],
         "insertion": area["lowest"],
         "separation": area["lowest"] - area["highest"],
-        **concentration(shares(np.abs(credit)), record),
     }
 
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 
 from abc_plugin.attention import attach
 from abc_plugin.attention.layers import unwrap
+from abc_plugin.attention.model_files import adapter_base
 from abc_plugin.attention.positions import generating_rows
 from abc_plugin.attention.readers import attach_readers, record, rows
 from abc_plugin.credit import methods
@@ -24,7 +25,6 @@ from abc_plugin.credit.methods import policy_need
 from abc_plugin.errors import NotFinite
 from abc_plugin.host.checks import check_models
 from abc_plugin.host.install import undecorated
-from abc_plugin.host.model_files import adapter_base
 from abc_plugin.text.check import load_tokenizer
 from abc_plugin.text.compare import compare
 from abc_plugin.text.mapping import MappedBatch, map_batch

@@ -62,10 +62,12 @@ def test_report_of_a_study(study, capsys):
     assert printed.splitlines()[-1].endswith(" ".join(str(study / name) for name in FILES))
     text, numbers = (study / "report.md").read_text(), json.loads((study / "report.json").read_text())
     assert_snapshot(text.replace(str(study), "STUDY"), "study_report.md")
-    assert len(numbers["comparisons"]) == 2 * (4 + 2) and len(numbers["conditions"]) == 10
-    first = numbers["comparisons"][0]
+    assert len(numbers["differences"]) == 2 * (4 + 2) and len(numbers["means"]) == 10
+    first = numbers["differences"][0]
     assert (first["condition"], first["method"], first["against"]) == ("λ 0.95", "abc β 0.8", "none")
-    assert f"| λ 0.95 | abc β 0.8 | none | 3 | {Effect(3, Estimate(**first['tests']['reward']['estimate']))}" in text
+    assert (
+        f"| λ 0.95 | abc β 0.8 | none | 3 | {Effect(3, Estimate(**first['reward over training']['estimate']))}" in text
+    )
 
 
 def test_page_is_whole_and_by_itself(study):
@@ -88,7 +90,7 @@ def test_the_order_of_rows_and_columns_and_the_format_change_nothing(tmp_path):
     for order, name in enumerate(("a.csv", "b.csv", "c.jsonl")):
         np.random.default_rng(order).shuffle(table)
         path = write(tmp_path / name, [dict(sorted(row.items(), reverse=order == 1)) for row in table])
-        numbers.append(json.dumps(document.as_json(analyse(read(path)))))
+        numbers.append(document.as_json(analyse(read(path))))
     assert numbers[0] == numbers[1] == numbers[2]
 
 
@@ -118,16 +120,25 @@ def test_a_condition_is_named_by_what_differs(tmp_path):
     made, names = conditions(
         tmp_path,
         rows(**usual | {"critic.model_name_or_path": "/a/y/model"}),
-        rows(**usual | {"critic.model_name_or_path": "", "estimator": "reinforce", "lambda": 1}),
+        rows(**usual | {"critic.model_name_or_path": "", "estimator": "reinforce"}),
+        rows(**usual | {"lambda": 1}),
         rows(METHODS, **usual),
     )
-    assert made.usual == "critic x, estimator gae, λ 0.95"
-    assert names == [
-        "abc β 0.8, the usual",
-        "abc β 1, the usual",
-        "abc β 0.8, critic –, estimator reinforce, λ 1",
-        "abc β 0.8, critic y",
-    ]
+    assert made.usual == "critic x, estimator gae, λ 0.95" and not made.together
+    ours = (
+        "β 0.8, the usual",
+        "β 1, the usual",
+        "β 0.8, critic –, estimator reinforce",
+        "β 0.8, λ 1",
+        "β 0.8, critic y",
+    )
+    assert sorted(names) == sorted(f"abc {each}" for each in ours)
+
+
+def test_settings_that_vary_one_to_one_are_named_by_one_of_them(tmp_path):
+    """As in launch/study/paper_imdb_lengths.yaml: a KL target of its own for each length."""
+    made, names = conditions(tmp_path, *(rows(**{"algo.kl.target": 6 / n, "length": n}) for n in (30, 60)))
+    assert names == ["abc β 0.8, length 60", "abc β 0.8, length 30"] and made.together == "algo.kl.target with length"
 
 
 def test_many_conditions_and_methods_are_one_table_first(tmp_path):
@@ -216,11 +227,11 @@ def test_half_the_steps_is_judged_by_the_interval(ratio, outcome):
 
 
 def test_json_says_never_where_a_reward_is_not_reached_and_null_where_there_is_no_interval():
-    numbers = document.as_json(made(0.1 + SEEDS / 100, 4 + SEEDS, 1 + 0 * SEEDS, 1 + 0 * SEEDS))
-    [found] = json.loads(json.dumps(numbers, allow_nan=False))["comparisons"]
-    assert found["steps"]["ratio"] == dict.fromkeys(("value", "low", "high"), "never")
-    few = [x[:3] for x in (4 + SEEDS, 4 + SEEDS, 1 + 0 * SEEDS, 1 + 0 * SEEDS)]
-    assert document.as_json(made(*few))["comparisons"][0]["steps"]["steps"]["low"] is None
+    late, few = [0.1 + SEEDS / 100, 4 + SEEDS, 1 + 0 * SEEDS, 1 + 0 * SEEDS], slice(3)
+    [found] = json.loads(document.as_json(made(*late)))["steps"]
+    assert found["ratio"] == dict.fromkeys(("value", "low", "high"), "never")
+    [found] = json.loads(document.as_json(made(*(each[few] for each in late))))["steps"]
+    assert found["ratio"] == {"value": "never", "low": None, "high": None}
 
 
 def test_numbers_have_the_decimals_that_their_interval_bears():

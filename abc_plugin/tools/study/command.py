@@ -8,53 +8,42 @@ from pathlib import Path
 
 from abc_plugin.errors import UserError
 
+USAGE = """abc-rlhf study PLAN.yaml [--out DIR] [--jobs N] [--gpus 0,1] [--smoke]
+       abc-rlhf study report DIR|FILE [--out DIR]"""
+SOURCE = """what abc-rlhf study wrote (results.csv in it is read), or any CSV or JSONL with a line per run and step:
+method, seed, step, reward and, if known, kl, beta; further columns are settings"""
+
 
 def main(argv: list[str]) -> int:
     """Run or report; returns the exit status. Raises UserError for all that can be refused before a run starts."""
     reporting = argv[:1] == ["report"]
-    args = _report_parser().parse_args(argv[1:]) if reporting else _run_parser().parse_args(argv)
+    command = "abc-rlhf study report" if reporting else "abc-rlhf study"
+    if reporting:
+        parser = argparse.ArgumentParser(prog=command, description="Compare a study's methods.")
+        parser.add_argument("source", metavar="DIR|FILE", help=SOURCE)
+        parser.add_argument("--out", metavar="DIR", help="where to write (default: DIR, or FILE's name and -report)")
+    else:
+        about = "Train every run of a plan (abc_plugin/tools/study/README.md); a later call goes on."
+        parser = argparse.ArgumentParser(prog=command, usage=USAGE, description=about)
+        parser.add_argument(
+            "plan", metavar="PLAN.yaml", help="flags that all runs share, and the grid of those that vary"
+        )
+        parser.add_argument("--out", metavar="DIR", help="the study's directory (default: the plan's `out`)")
+        jobs = "runs at a time (default: one per GPU, else 2; with driver ray 1)"
+        parser.add_argument("--jobs", type=int, metavar="N", help=jobs)
+        parser.add_argument("--gpus", metavar="0,1", help="the GPUs to share out, one to each run (default: all)")
+        parser.add_argument("--smoke", action="store_true", help="the plan with its `smoke` section, in DIR-smoke")
+    args = parser.parse_args(argv[reporting:])
     try:
-        return _report(args) if reporting else _run(args)
+        if reporting:
+            return _report(args)
+        if args.jobs is not None and args.jobs < 1:
+            raise UserError(f"--jobs {args.jobs}: at least one run at a time")
+        from abc_plugin.tools.study.runner import run_study
+
+        return run_study(args.plan, args.out, smoke=args.smoke, jobs=args.jobs, gpus=args.gpus)
     except ModuleNotFoundError as error:
-        command = "abc-rlhf study report" if reporting else "abc-rlhf study"
         raise UserError(f"{command} needs {error.name}; pip install 'abc-plugin[study]'") from None
-
-
-def _run_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="abc-rlhf study",
-        usage="abc-rlhf study PLAN.yaml [--out DIR] [--jobs N] [--gpus 0,1] [--smoke]\n"
-        "       abc-rlhf study report DIR|FILE [--out DIR]",
-        description="Train every run of a plan (abc_plugin/tools/study/README.md); a later call goes on.",
-    )
-    parser.add_argument("plan", metavar="PLAN.yaml", help="flags that all runs share, and the grid of those that vary")
-    parser.add_argument("--out", metavar="DIR", help="the study's directory (default: the plan's `out`)")
-    parser.add_argument(
-        "--jobs", type=int, metavar="N", help="runs at a time (default: one per GPU, else 2; with driver ray 1)"
-    )
-    parser.add_argument("--gpus", metavar="0,1", help="the GPUs to share out, one to each run (default: all)")
-    parser.add_argument("--smoke", action="store_true", help="the plan with its `smoke` section, in DIR-smoke")
-    return parser
-
-
-def _run(args: argparse.Namespace) -> int:
-    if args.jobs is not None and args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: at least one run at a time")
-    from abc_plugin.tools.study.runner import run_study
-
-    return run_study(args.plan, args.out, smoke=args.smoke, jobs=args.jobs, gpus=args.gpus)
-
-
-def _report_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="abc-rlhf study report", description="Compare a study's methods.")
-    parser.add_argument(
-        "source",
-        metavar="DIR|FILE",
-        help="what abc-rlhf study wrote (results.csv in it is read), or any CSV or JSONL with a line per run and "
-        "step: method, seed, step, reward and, if known, kl, value_loss, beta; further columns are settings",
-    )
-    parser.add_argument("--out", metavar="DIR", help="where to write (default: DIR, or FILE's name and -report)")
-    return parser
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -72,10 +61,10 @@ def _report(args: argparse.Namespace) -> int:
     analysis = analyse(read(path))
     contents = document.files(analysis, path.name, shlex.join(["abc-rlhf", "study", "report", args.source]))
     document.write(out, contents)
-    console, tables = Console(markup=False, highlight=False), document.tables(analysis)
-    if "overview" in tables:
-        shown = Table(*tables["overview"].columns, box=None)
-        for row in tables["overview"].itertuples(index=False, name=None):
+    console, overview = Console(markup=False, highlight=False), document.tables(analysis).get("overview")
+    if overview is not None:
+        shown = Table(*overview, box=None)
+        for row in overview.itertuples(index=False, name=None):
             shown.add_row(*row)
         console.print(shown)
     for warning in analysis.warnings:

@@ -162,11 +162,11 @@ def _warnings(table: Table, comparisons: list[Comparison], alone: list[str]) -> 
         apart = n - (each.tests["equal_kl"].n if "equal_kl" in each.tests else 0)
         if "kl" in each.tests and apart:
             warnings.append(f"{who}: {apart} of {n} pairs share no KL: not in {MEASURES['equal_kl']}.")
-    for each in table.conditions:
-        late = change(each.curves["reward"].to_numpy(), late=True)
-        if each.method == BASELINE and rises(late):
-            warnings.append(
-                f"{each.name} still rises in its last {LAST} steps, by {late} from their first half to their second: "
-                "it has no plateau yet, and steps are counted to where it got."
-            )
+    baselines = [each for each in table.conditions if each.method == BASELINE]
+    late = {each.name: change(each.curves["reward"].to_numpy(), late=True) for each in baselines}
+    if rising := [f"{name} by {by}" for name, by in late.items() if rises(by)]:
+        warnings.append(
+            "No plateau yet, so steps are counted to where it got; the second half of its last "
+            f"{LAST} is above their first: {'; '.join(rising)}."
+        )
     return warnings

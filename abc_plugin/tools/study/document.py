@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from abc_plugin.report.tokens import visible
 from abc_plugin.tools.study import figures, learning_curves
 from abc_plugin.tools.study.comparisons import ATTENTION, CLAIMS, MEASURES, Analysis, Comparison, per_run
 from abc_plugin.tools.study.inference import NOTHING, SIGNIFICANT, number, t_interval
+from abc_plugin.tools.study.learning_curves import Steps
 from abc_plugin.tools.study.table import BASELINE
 
 MARK = "made by abc-rlhf study report"  # near the start of each of its files: only these may be overwritten
@@ -44,7 +44,7 @@ def files(analysis: Analysis, source: str, command: str) -> dict[str, bytes]:
     text = MARKDOWN.get_template("tools/study/templates/report.md").render(mark=MARK, command=code, **content)
     written = {
         "report.md": re.sub(r"\n{3,}", "\n\n", text),
-        "report.json": json.dumps(as_json(analysis), indent=1, ensure_ascii=False) + "\n",
+        "report.json": as_json(analysis),
         "report.html": html.document(f"Study: {MARK}", analysis.headline(), body, command),
     }
     return {name: text.encode() for name, text in written.items()} | pictures
@@ -60,21 +60,23 @@ MARKDOWN = html.environment.overlay(autoescape=False, finalize=str, keep_trailin
 MARKDOWN.filters = MARKDOWN.filters | {"md": _markdown}
 
 
-def tables(analysis: Analysis) -> dict[str, pd.DataFrame]:
-    """All tables by name, of text; those without rows are left out."""
+def rows(analysis: Analysis) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each table, estimates and tests as they are."""
     compared = [each for each in analysis.comparisons if each.seeds]
     with_baseline = [each for each in compared if each.with_baseline]
-    claimed = [each for each in with_baseline if each.condition.method.startswith(ATTENTION)]
     overview: dict[str, dict[str, Any]] = {}
     for each in with_baseline:
         group, test = each.condition.group, each.tests["reward"]
-        row = overview.setdefault(group, {"condition": group})
-        row["seeds"] = max(row.get("seeds", 0), test.n)
-        row.setdefault(f"reward of {BASELINE}", number(per_run(each.other)["reward"].mean(), 2))
-        row[each.condition.label] = f"{test.estimate}{' *' * test.significant}"
-    rows = {
-        "overview": overview.values(),
-        "claims": [_who(each) | {claim: ": ".join(said) for claim, said in each.claims().items()} for each in claimed],
+        base = {f"reward of {BASELINE}": number(per_run(each.other)["reward"].mean(), 2)}
+        row = overview.setdefault(group, {"condition": group, "seeds": 0} | base)
+        row |= {"seeds": max(row["seeds"], test.n), each.condition.label: f"{test.estimate}{' *' * test.significant}"}
+    return {
+        "overview": list(overview.values()),
+        "claims": [
+            _who(each) | {claim: ": ".join(said) for claim, said in each.claims().items()}
+            for each in with_baseline
+            if each.condition.method.startswith(ATTENTION)
+        ],
         "means": [
             {"condition": each.group, "method": each.label, "seeds": len(each.curves["reward"])}
             | {MEASURES[name]: t_interval(values) for name, values in per_run(each).items()}
@@ -87,53 +89,36 @@ def tables(analysis: Analysis) -> dict[str, pd.DataFrame]:
             | ({"KL, from and to": " to ".join(map(number, each.shared_kl))} if each.shared_kl else {})
             for each in compared
         ],
-        "steps": [_who(each) | _steps(each) for each in with_baseline],
+        "steps": [_who(each) | _steps(each.steps) for each in with_baseline],
     }
-    return {name: _frame(each) for name, each in rows.items() if each}
 
 
 def _who(comparison: Comparison) -> dict[str, str]:
     return {"condition": comparison.condition.group, "method": comparison.condition.label}
 
 
-def _steps(comparison: Comparison) -> dict[str, Any]:
-    if comparison.steps is None:
+def _steps(steps: Steps | None) -> dict[str, Any]:
+    if steps is None:
         return {"reward to reach": f"no rise of {BASELINE} is established"}
-    steps = comparison.steps
     named = {"steps": steps.steps, f"steps of {BASELINE}": steps.baseline_steps, "ratio": steps.ratio}
     return {"reward to reach": number(steps.target)} | named
 
 
-def _frame(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """What a row lacks is –; a column ``condition`` that is empty, since no setting varies, is left out."""
-    frame = pd.DataFrame(list(rows), dtype=object)
-    if not frame["condition"].any():
-        del frame["condition"]
-    frame = frame.where(frame.notna(), NOTHING).map(str)
-    frame.attrs["texts"] = sum(name in TEXTS for name in frame)
-    return frame
+def tables(analysis: Analysis) -> dict[str, pd.DataFrame]:
+    """All tables by name, of text; those without rows, and conditions where no setting varies, are left out."""
+    frames = {name: pd.DataFrame(each, dtype=object) for name, each in rows(analysis).items() if each}
+    for name, frame in frames.items():
+        frames[name] = frame.where(frame.notna(), NOTHING).map(str)[list(frame)[not frame["condition"].any() :]]
+        frames[name].attrs["texts"] = sum(column in TEXTS for column in frames[name])
+    return frames
 
 
-def as_json(analysis: Analysis) -> dict[str, Any]:
-    """The numbers in full; null where there is none, "never" for a number of steps that does not reach the reward."""
-    numbers = {
-        "made_by": MARK,
-        "headline": analysis.headline(),
-        "warnings": analysis.warnings,
-        "conditions": [
-            {"condition": each.group, "method": each.label, "seeds": each.curves["reward"].index.tolist()}
-            | {name: t_interval(values) for name, values in per_run(each).items()}
-            for each in analysis.table.conditions
-        ],
-        "comparisons": [
-            _who(each)
-            | {"against": each.other.label, "seeds": each.seeds, "tests": each.tests}
-            | {"steps": each.steps, "shared_kl": each.shared_kl, "claims": each.claims()}
-            for each in analysis.comparisons
-        ],
-    }
+def as_json(analysis: Analysis) -> str:
+    """The tables' numbers in full; null where there is none, "never" where steps are infinite."""
+    content = {"made_by": MARK, "headline": analysis.headline(), "warnings": analysis.warnings} | rows(analysis)
     # JSON has no infinite numbers; here only steps and their ratio are.
-    return json.loads(json.dumps(numbers, default=vars), parse_constant={"Infinity": "never"}.get)
+    content = json.loads(json.dumps(content, default=vars), parse_constant={"Infinity": "never"}.get)
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def write(out: Path, contents: dict[str, bytes]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,13 @@ class Condition:
 class Table:
     """All conditions, a group's together and its baseline first.
 
-    usual: what groups' names leave out, empty where they have all.  same: the settings that all runs share.
+    usual: what groups' names leave out, empty where they have all.  together: settings that vary one to one
+    with another, by which alone they are named.
     """
 
     conditions: list[Condition]
     usual: str
-    same: str
+    together: str
     warnings: list[str]
 
     def groups(self) -> dict[str, list[Condition]]:
@@ -194,35 +196,43 @@ def _check(path: Path, rows: pd.DataFrame, settings: list[str]) -> None:
 def _table(rows: pd.DataFrame, settings: list[str]) -> Table:
     found = sorted(rows.groupby("condition", sort=False), key=lambda item: _order(item[0], settings))
     values = {name: [condition[place] for condition, _ in found] for place, name in enumerate(settings)}
-    varied = [name for name in settings[1:] if len(set(values[name])) > 1 or name == "beta"]
+    varied = [name for name in settings[1:] if name == "beta" or len(set(values[name])) > 1]
+    # By which conditions are equal in it; settings with the same pattern vary one to one.
+    patterns = {name: tuple(map(values[name].index, values[name])) for name in varied if name not in CREDIT_SETTINGS}
+    outside = {pattern: name for name, pattern in patterns.items()}
+    together = [f"{symbol(name)} with {symbol(outside[of])}" for name, of in patterns.items() if outside[of] != name]
     # A study of many conditions, each apart from the rest in one setting, would else name all settings each time.
-    outside = [name for name in varied if name not in CREDIT_SETTINGS]
-    usual = {name: Counter(values[name]).most_common(1)[0][0] for name in outside if len(outside) > 2}
-    short = {name: _without_common_parts(values[name]) for name in settings}
+    usual = {name: Counter(values[name]).most_common(1)[0][0] for name in outside.values() if len(outside) > 2}
+    short = {name: _short(values[name]) for name in varied}
 
-    def named(names: list[str], given: dict[str, Value], left_out: dict[str, Value]) -> str:
+    def named(names: Iterable[str], given: dict[str, Value], left_out: dict[str, Value]) -> str:
         parts = [name for name in names if given[name] != left_out.get(name)]
-        return ", ".join(f"{SYMBOLS.get(name, name)} {short[name][given[name]]}" for name in parts)
+        return ", ".join(f"{symbol(name)} {short[name][given[name]]}" for name in parts)
 
     conditions, warnings = [], []
     for key, runs in found:
         given = dict(zip(settings, key, strict=True))
         credit = named([name for name in varied if name in CREDIT_SETTINGS], given, {})
-        group = named(outside, given, usual) or (USUAL if usual else "")
+        group = named(outside.values(), given, usual) or (USUAL if usual else "")
         logged = [metric for metric in METRICS if metric in runs]
         curves = {metric: runs.pivot(index="seed", columns="step", values=metric) for metric in logged}
-        conditions.append(Condition(given["method"], f" {credit}" if credit else "", group, curves))
+        conditions.append(Condition(str(given["method"]), f" {credit}" if credit else "", group, curves))
         if "kl" in curves and not np.isfinite(curves["kl"]).all(axis=None) and curves.pop("kl").notna().any(axis=None):
             warnings.append(f"{conditions[-1].name}: KL is missing or infinite in some steps, so it is left out.")
-    first = dict(zip(settings, found[0][0], strict=True))
-    same = named([name for name in settings[1:] if name not in varied], first, {})
     conditions.sort(key=lambda condition: condition.group != USUAL)
-    return Table(conditions, named(outside, usual, {}) if usual else "", same, warnings)
+    return Table(conditions, named(usual, usual, {}), ", ".join(together), warnings)
 
 
-def _without_common_parts(values: list[Value]) -> dict[Value, str]:
-    """Each as text; of several paths only the parts in which they differ."""
+def symbol(setting: str) -> str:
+    """Its name in texts."""
+    return SYMBOLS.get(setting, setting)
+
+
+def _short(values: list[Value]) -> dict[Value, str]:
+    """Each as text; of several paths only the parts in which they differ, of a single one the last."""
     texts = sorted({value for value in values if isinstance(value, str)})
+    if len(texts) == 1:
+        return {value: shown(value).rstrip("/").rpartition("/")[2] or shown(value) for value in values}
     parts = [text.split("/") for text in texts]
     start, end = (len(os.path.commonprefix(each)) for each in (parts, [part[::-1] for part in parts]))
     middles = {text: "/".join(part[start : len(part) - end]) for text, part in zip(texts, parts, strict=True)}

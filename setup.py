@@ -37,6 +37,7 @@ setup(
             "abc = abc_plugin.credit.methods:ABC",
             "abc_signed = abc_plugin.credit.methods:ABC_SIGNED",
             "prefix = abc_plugin.credit.methods:PREFIX",
+            "shapley = abc_plugin.credit.methods:SHAPLEY",
             "grad_input = abc_plugin.credit.methods:GRAD_INPUT",
             "abc_d = abc_plugin.credit.methods:ABC_D",
             "abc_d2 = abc_plugin.credit.methods:ABC_D2",

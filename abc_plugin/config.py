@@ -66,6 +66,13 @@ class ShapingConfig:
         str,
         "credit is pooled on the last token of each sentence, or of each turn of an agent: none, sentence or turn",
     )
+    calls: int = _setting(
+        "--shaping.calls",
+        16,
+        int,
+        "with shapley: runs of the reward model per response besides the one that scores it, at least 2; its segments "
+        "are merged to at most (calls + 1) / 2",
+    )
     recovery: str = _setting(
         "--shaping.recovery",
         "auto",
@@ -121,6 +128,11 @@ class ShapingConfig:
             raise UserError(f"--shaping.drop {min(unknown)!r} is none of special, sinks, or special,sinks, or none")
         if not 0.0 <= self.entropy_floor <= 1.0:
             raise UserError(f"--shaping.entropy_floor {self.entropy_floor} is outside [0, 1]; 0 sets none")
+        if self.calls < 2:
+            raise UserError(
+                f"--shaping.calls {self.calls}: Shapley values need the scores of the prompt alone and of a part of "
+                "the response: give at least 2"
+            )
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"--shaping.{name} {getattr(self, name)!r} is none of {', '.join(choices)}")

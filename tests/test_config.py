@@ -20,6 +20,7 @@ def test_defaults_and_what_is_left_for_the_host():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--shaping.calls", "1"], "--shaping.calls 1: Shapley values need the scores .*give at least 2"),
         (["--shaping.beta", "1.5"], r"--shaping.beta 1.5 is outside \[0, 1\]"),
         (["--shaping.beta", "nan"], "--shaping.beta nan is outside"),
         (["--shaping.beta", "half"], "invalid float value: 'half'"),

@@ -26,9 +26,11 @@ from abc_plugin.credit.redistribute import last_action, response_weights, unifor
 from abc_plugin.errors import UserError
 
 GROUP = "abc_plugin.reward_shaping"
-NEEDS = ("attention", "prefix", "gradient", "contribution", "policy", "policy_last")
+NEEDS = ("attention", "prefix", "gradient", "contribution", "shapley", "policy", "policy_last")
 POLICY = frozenset({"policy", "policy_last"})  # the needs that the policy's worker answers
-SCORE_UNITS = frozenset({"prefix", "contribution"})  # the needs whose evidence, and credit, is a part of the score
+SCORE_UNITS = frozenset(
+    {"prefix", "contribution", "shapley"}
+)  # the needs whose evidence, and credit, is a part of the score
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Evidence:
     prefix_BA: Tensor | None = None  # reward model: the score head read there; before the first action: the prompt's
     gradient_BA: Tensor | None = None  # reward model: gradient x input of the score on the token's embedding, signed
     contribution_BA: Tensor | None = None  # reward model: what the token adds to the score in its last layer, signed
+    shapley_BA: Tensor | None = None  # reward model: Shapley value of the segment that the token ends, signed
     policy_BA: Tensor | None = None  # policy: attention on the action's token, mean over the generation's rows, >= 0
     policy_last_BA: Tensor | None = None  # policy: of the step that chose the last token, >= 0
 
@@ -130,23 +133,34 @@ def gradient_credit(evidence: Evidence, reward_B: Tensor) -> Tensor:
 GRAD_INPUT = Method(frozenset({"gradient"}), gradient_credit)
 
 
-def contribution_credit(evidence: Evidence, reward_B: Tensor) -> Tensor:
-    """What each token adds to the score through the last layer's attention, (B, A) fp32, reward units, signed.
+def part_credit(part_BA: Tensor, action_mask_BA: Tensor, reward_B: Tensor) -> Tensor:
+    """Each token's part of the score, the rest of the reward on the last action, (B, A) fp32, reward units, signed.
 
-        credit[b,t] = contribution[b,t]                                     t not the last action
+        credit[b,t] = part[b,t]                                             t not the last action
         credit[b,t] = reward[b] - sum_u credit[b,u]                         t the last action, u all others
 
-    What the actions before it do not explain lies on the last action: the prompt's share, the residual path, and the
-    difference in units where the host subtracts a baseline or clips. Rows sum to reward[b].
+    What the actions before it do not explain lies on the last action: the prompt's share, what the parts leave out
+    (of contributions the residual path), and the difference in units where the host subtracts a baseline or clips.
+    Rows sum to reward[b].
     """
-    last_BA = last_action(evidence.action_mask_BA).bool()
-    earlier_BA = evidence.action_mask_BA.bool() & ~last_BA
-    credit_BA = torch.where(earlier_BA, evidence.contribution_BA.double(), 0.0)
+    last_BA = last_action(action_mask_BA).bool()
+    earlier_BA = action_mask_BA.bool() & ~last_BA
+    credit_BA = torch.where(earlier_BA, part_BA.double(), 0.0)
     rest_B1 = reward_B.double()[:, None] - credit_BA.sum(1, keepdim=True)
     return torch.where(last_BA, rest_B1, credit_BA).float()
 
 
-ABC_SIGNED = Method(frozenset({"contribution"}), contribution_credit)
+def part(need: str) -> Method:
+    """The method whose credit is ``part_credit`` of the evidence of one need."""
+
+    def credit(evidence: Evidence, reward_B: Tensor) -> Tensor:
+        return part_credit(getattr(evidence, f"{need}_BA"), evidence.action_mask_BA, reward_B)
+
+    return Method(frozenset({need}), credit)
+
+
+ABC_SIGNED = part("contribution")  # what each token adds to the score through the last layer's attention
+SHAPLEY = part("shapley")  # the mean of what its segment adds to the score of parts of the response
 
 
 def available() -> list[str]:

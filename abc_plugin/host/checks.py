@@ -33,6 +33,7 @@ READ_BY = {  # option: the needs that it concerns
     "layer": ATTENTION | {"contribution"},
     "recovery": ATTENTION,
     "heads": frozenset({"attention"}),
+    "calls": frozenset({"shapley"}),
 }
 
 # What needs a graph of the whole reward model, or of its last layer: (host's setting, refused value, why, needs).
@@ -97,7 +98,8 @@ def _check_options(shaping: ShapingConfig, method: methods.Method) -> None:
             )
         if option in READ_BY and not READ_BY[option] & method.needs:
             reads = "the policy's attention" if ATTENTION & method.needs else "no attention"
-            raise UserError(f"{name} reads {reads}: leave --shaping.{option} {given} out, or use abc")
+            reads, use = ("no parts of a response", "shapley") if option == "calls" else (reads, "abc")
+            raise UserError(f"{name} reads {reads}: leave --shaping.{option} {given} out, or use {use}")
         if option in ("drop", "entropy_floor") and method.weights is None:
             raise UserError(
                 f"{name} gives signed credit, not shares of a whole that could be renormalised: leave "
@@ -307,12 +309,17 @@ def preflight(args: Namespace, shaping: ShapingConfig) -> None:
         print(f"abc_plugin: not on this machine, so checked by the worker that loads it: {', '.join(absent)}")
     else:
         check_models(args, shaping, data, runs_here=False)
-    warn_of_critic(args, shaping)
+    announce(args, shaping)
 
 
-def warn_of_critic(args: Namespace, shaping: ShapingConfig) -> None:
-    """Say where dense credit is not expected to gain anything, and what to use instead. After ``check_models``."""
+def announce(args: Namespace, shaping: ShapingConfig) -> None:
+    """Say what the method costs, and where it is not expected to gain anything. After ``check_models``."""
     critic = args.critic.model_name_or_path
+    if shaping.dense and "shapley" in methods.load(shaping.method).needs:
+        print(
+            f"abc_plugin: --reward_shaping {shaping.method} runs the reward model {shaping.calls} more times per "
+            f"response (--shaping.calls): {shaping.calls + 1} times the cost of scoring it"
+        )
     if shaping.dense and shaping.method in COUNTED_TWICE and critic in reward_models(args) and not shaping.share_base:
         print(
             f"abc_plugin: WARNING: --reward_shaping {shaping.method} seldom gains where the critic starts as the "

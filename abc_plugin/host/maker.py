@@ -102,9 +102,13 @@ class CreditExperienceMaker(RemoteExperienceMaker):
     def _recording(self) -> bool:
         return self.recorder is not None and self.recorder.due
 
+    @property
+    def _in_parts(self) -> bool:
+        return self.shaping.dense and "shapley" in self.method.needs
+
     def _dispatch_forward(self, group: object, sync_condition: bool, **batches: list) -> list:
-        if group is self.reward_model_group and self.shaping.tokenizer_check == "map":
-            batches |= self._for_mapping
+        if group is self.reward_model_group and (self.shaping.tokenizer_check == "map" or self._in_parts):
+            batches |= self._of_responses
         return super()._dispatch_forward(group, sync_condition, **batches)
 
     def _flatten_results(self, refs: list, duplicate_factor: int) -> list:
@@ -122,7 +126,7 @@ class CreditExperienceMaker(RemoteExperienceMaker):
         Raises CreditError when the reward came without it.
         """
         self._received = []
-        self._for_mapping = {
+        self._of_responses = {
             "action_mask": [samples.action_mask for samples in samples_list],
             "prompts": [samples.prompts for samples in samples_list],
         }

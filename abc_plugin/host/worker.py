@@ -13,6 +13,7 @@ from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
 from openrlhf.trainer.ray.ppo_critic import CriticModelActor
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn.functional import pad
 from transformers import AutoConfig
 
 from abc_plugin.attention import attach
@@ -22,12 +23,14 @@ from abc_plugin.attention.positions import generating_rows
 from abc_plugin.attention.readers import attach_readers, record, rows
 from abc_plugin.credit import methods
 from abc_plugin.credit.methods import policy_need
+from abc_plugin.credit.shapley import segments, shapley_values
 from abc_plugin.errors import NotFinite
 from abc_plugin.host.checks import check_models
 from abc_plugin.host.install import undecorated
 from abc_plugin.text.check import load_tokenizer
 from abc_plugin.text.compare import compare
 from abc_plugin.text.mapping import MappedBatch, map_batch
+from abc_plugin.text.segments import segment_ends
 
 
 class EvidenceBatch(NamedTuple):
@@ -68,6 +71,39 @@ class OwnTokens:
         )
 
 
+class ResponseParts:
+    """Scores parts of responses for ``--reward_shaping shapley``: tokens are removed, so that positions close up."""
+
+    def __init__(self, args: Namespace) -> None:
+        self.calls, self.segment, self.tokenizer = args.shaping.calls, args.shaping.segment, None
+        if self.segment != "none":
+            fast = not args.data.disable_fast_tokenizer
+            self.tokenizer = load_tokenizer(args.actor.model_name_or_path, use_fast=fast).tokenizer
+
+    def __call__(
+        self,
+        score: Callable[[Tensor, Tensor, Tensor], Tensor],
+        whole_B: Tensor,
+        sequences_BS: Tensor,
+        attention_mask_BS: Tensor,
+        action_mask_BA: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Shapley values (B, S), numbers of segments (B,). score: of ids, attention mask and action mask -> (B,)."""
+        ends_BA = segment_ends(self.segment, self.tokenizer, sequences_BS, action_mask_BA)
+        segment_BA = segments(ends_BA, action_mask_BA, self.calls)
+
+        def score_kept(kept_BA: Tensor) -> Tensor:
+            kept_BS = attention_mask_BS.bool() & pad(kept_BA, (1, 0), value=True)
+            order_BS = (~kept_BS).int().argsort(dim=1, stable=True)[:, : int(kept_BS.sum(1).max())]
+            acts_BS = pad(action_mask_BA, (1, 0)) * kept_BS
+            ids, mask, acts = (x.gather(1, order_BS) for x in (sequences_BS, kept_BS.long(), acts_BS))
+            return score(ids, mask, acts[:, 1:])
+
+        seeds = (sequences_BS * attention_mask_BS).sum(1).tolist()
+        value_BA = shapley_values(score_kept, whole_B, segment_BA, self.calls, seeds)
+        return pad(value_BA, (1, 0)), (segment_BA.amax(1) + 1).float()
+
+
 class Member(NamedTuple):
     """One reward model of a worker, with its readers."""
 
@@ -75,6 +111,7 @@ class Member(NamedTuple):
     model: nn.Module
     readers: dict[str, Any]  # what attach_readers gives
     own_tokens: OwnTokens | None
+    parts: ResponseParts | None
 
     @classmethod
     def of_model(cls, model: nn.Module, args: Namespace, path: str) -> Member:
@@ -85,7 +122,8 @@ class Member(NamedTuple):
             keep_gradients_exact(model)
         own = OwnTokens(args, path) if shaping.tokenizer_check == "map" else None
         readers = attach_readers(model, needs, layer=shaping.layer, recovery=shaping.recovery, heads=shaping.head_list)
-        return cls(path, model, readers, own if own and own.needed else None)
+        parts = ResponseParts(args) if "shapley" in needs else None
+        return cls(path, model, readers, own if own and own.needed else None, parts)
 
     def score(
         self,
@@ -98,12 +136,10 @@ class Member(NamedTuple):
     ) -> EvidenceBatch:
         """Scores by ``forward(ids, mask)``, with what is read beside it, both by the policy's tokens.
 
-        Action mask and prompts are needed where the model reads its own tokens. Raises NotFinite.
+        Action mask and prompts are needed where the model reads its own tokens; the mask also for parts of responses.
+        Raises NotFinite.
         """
-        mapped, ids, mask = None, sequences_BS, attention_mask_BS
-        if self.own_tokens is not None:
-            mapped = self.own_tokens(ids, mask, action_mask_BA, prompts)
-            ids, mask = mapped.input_ids_BL, mapped.attention_mask_BL
+        mapped, ids, mask = self._read(sequences_BS, attention_mask_BS, action_mask_BA, prompts)
         if not self.readers:
             reward_B, evidence = forward(ids, mask), {}
         else:
@@ -113,15 +149,32 @@ class Member(NamedTuple):
         if not (finite_B := reward_B.isfinite()).all():
             bad = int((~finite_B).sum())
             raise NotFinite(f"{bad} of {len(reward_B)} scores of the reward model {self.path} are NaN or infinite")
-        if mapped is None:
-            return EvidenceBatch(reward_B, [evidence], {})
-        info = {"reward_truncated": mapped.truncated_B.float()}
-        for name, row_BL in evidence.items():
-            row_BS, _ = mapped.to_policy(row_BL)
-            _, moved_B = mapped.to_policy(row_BL.abs())  # of signed rows the parts that move might cancel
-            evidence[name] = row_BS.float()
-            info["credit_moved"] = moved_B.float()
+        info = {}
+        if mapped is not None:
+            info["reward_truncated"] = mapped.truncated_B.float()
+            for name, row_BL in evidence.items():
+                row_BS, _ = mapped.to_policy(row_BL)
+                _, moved_B = mapped.to_policy(row_BL.abs())  # of signed rows the parts that move might cancel
+                evidence[name] = row_BS.float()
+                info["credit_moved"] = moved_B.float()
+        if self.parts is not None:
+            evidence["shapley"], info["shapley_segments"] = self.parts(
+                lambda *partial: forward(*self._read(*partial, prompts)[1:]),
+                reward_B,
+                sequences_BS,
+                attention_mask_BS,
+                action_mask_BA,
+            )
         return EvidenceBatch(reward_B, [evidence], info)
+
+    def _read(
+        self, sequences_BS: Tensor, mask_BS: Tensor, action_mask_BA: Tensor | None, prompts: list[str] | None
+    ) -> tuple[MappedBatch | None, Tensor, Tensor]:
+        """What the model reads: ids and attention mask, mapped into its own tokens where it has some."""
+        if self.own_tokens is None:
+            return None, sequences_BS, mask_BS
+        mapped = self.own_tokens(sequences_BS, mask_BS, action_mask_BA, prompts)
+        return mapped, mapped.input_ids_BL, mapped.attention_mask_BL
 
 
 def mean_batch(members: list[EvidenceBatch]) -> EvidenceBatch:
@@ -174,7 +227,7 @@ class CreditRewardModel(undecorated(RewardModelActor)):
         prompts: list[str] | None = None,
         **kwargs: object,
     ) -> Tensor | EvidenceBatch:
-        """Host signature; the experience maker adds ``action_mask`` and ``prompts`` where text is mapped.
+        """Host signature; the experience maker adds ``action_mask`` and ``prompts`` where text is mapped or cut.
 
         The score, and a row of attention, are those of ``attention_mask``'s last position.
         """

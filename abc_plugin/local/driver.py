@@ -50,6 +50,7 @@ def run(args: Namespace, ignored: list[str]) -> int:
             print("abc-rlhf local: this CPU has no fast bf16: --ds.param_dtype fp32 would be many times faster")
         dense = f", beta {shaping.beta:g}" if shaping.dense else ""
         print(f"abc-rlhf local: {len(data)} prompts, reward shaping {shaping.method}{dense}, {device}")
+        checks.announce(args, shaping)
         return _train(args)
 
 

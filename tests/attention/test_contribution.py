@@ -130,6 +130,14 @@ def test_a_normalised_score_a_classifier_and_a_scaled_head_are_in_the_scores_uni
     same(recording.row_BS, plain)
 
 
+def test_a_head_of_several_layers_is_gone_through():
+    model = tiny_reward_model()
+    width, torch_nn = model.score.in_features, torch.nn
+    model.score = torch_nn.Sequential(torch_nn.Linear(width, 8), torch_nn.Tanh(), torch_nn.Linear(8, 1))
+    expected, _ = by_autograd(model, IDS, RIGHT)
+    same(contribution(use_implementation(model, "sdpa"), IDS, RIGHT)[0], expected)
+
+
 @pytest.mark.parametrize("how", ["autocast", "bf16"])
 def test_in_half_precision_it_is_near(how):
     model = tiny_reward_model()
@@ -187,8 +195,9 @@ def test_a_model_without_a_head_and_one_split_over_processes_are_refused():
     with pytest.raises(UserError, match="LlamaModel has no scalar score head"):
         ContributionReader(tiny())
     reader = ContributionReader(tiny_reward_model())
-    with pytest.raises(UserError, match="cannot be had of several rows, a ring or split heads"):
-        reader.record(RIGHT, ring_group="a ring").__enter__()
+    for groups in ({"ring_group": "a ring"}, {"head_group": "heads"}):
+        with pytest.raises(UserError, match="cannot be had of several rows, a ring or split heads"):
+            reader.record(RIGHT, **groups).__enter__()
 
 
 @pytest.mark.parametrize("case", ["beside", "other token"])

@@ -16,10 +16,12 @@ EXCEPTIONS = {
     "sign": {"prefix": "as above", "grad_input": "|reward| keeps a token's sign where the reward is negative"},
     "order": {"prefix": "a score is a difference to the one before", "none": "all on the last action"},
 }
-EXCEPTIONS["scale"]["abc_signed"] = EXCEPTIONS["sign"]["abc_signed"] = "contributions have the score's units"
-EXCEPTIONS["order"]["abc_signed"] = "the rest lies on the last action"
-SIGNED = {"prefix", "grad_input", "abc_signed"}
-METHODS = {name: methods.load(name) for name in methods.available()} | {"abc_signed": methods.ABC_SIGNED}
+for of_score in ("abc_signed", "shapley"):
+    EXCEPTIONS["scale"][of_score] = EXCEPTIONS["sign"][of_score] = "parts of the score have its units"
+    EXCEPTIONS["order"][of_score] = "the rest lies on the last action"
+SIGNED = {"prefix", "grad_input", "abc_signed", "shapley"}
+METHODS = {name: methods.load(name) for name in methods.available()}
+METHODS |= {"abc_signed": methods.ABC_SIGNED, "shapley": methods.SHAPLEY}
 NAMES = sorted(METHODS)
 
 
@@ -30,7 +32,7 @@ def evidence_of(seed, rows, width, density, scale=1.0):
     given = {}
     for need in methods.NEEDS:
         value = torch.randn(rows, width, generator=rng) * scale
-        given[f"{need}_BA"] = value if need in ("prefix", "gradient", "contribution") else value.abs()
+        given[f"{need}_BA"] = value if need in ("prefix", "gradient", "contribution", "shapley") else value.abs()
     return Evidence(torch.randint(2, 50, (rows, width + 1), generator=rng), mask, **given)
 
 

@@ -92,6 +92,13 @@ def test_the_worker_scores_the_text_in_its_own_tokens(other, tmp_path, monkeypat
     row_BS = evidence["attention"]
     torch.testing.assert_close(row_BS.sum(1), own["attention"].sum(1))
     assert row_BS.shape == ids.shape and info["credit_moved"] == 0.0 and info["reward_truncated"] == 0.0
+    shaping = ShapingConfig("shapley", tokenizer_check="map", calls=2, segment="sentence")
+    _, [evidence], info = worker(other, monkeypatch, shaping, extra=extra).forward(
+        ids, mask, action_mask=action_mask, prompts=["The film"]
+    )
+    alone_B = mapped.forward(ids[:, :4], mask[:, :4], action_mask=action_mask[:, :3] * 0, prompts=["The film"]).output
+    torch.testing.assert_close(evidence["shapley"].sum(1), (expected_B - alone_B).float(), atol=0.02, rtol=0.02)
+    assert info["shapley_segments"].tolist() == [1.0] and evidence["shapley"].count_nonzero() == 1  # one sentence
     uniform = worker(other, monkeypatch, ShapingConfig("uniform", tokenizer_check="map"), extra=extra)
     scored = uniform.forward(ids, mask, action_mask=action_mask, prompts=["The film"])
     torch.testing.assert_close(scored.output, expected_B)

@@ -41,7 +41,14 @@ RUNS = {  # each makes one step, which warms up; "prefix" two
     "prefix": {"reward_shaping": "prefix", "shaping.beta": 0.5, "data.max_samples": 16},
     "grad_input": {"reward_shaping": "grad_input", "shaping.segment": "sentence"},
     "options": {"reward_shaping": "abc", **OPTIONS},
-    "both": {"reward_shaping": "prefix", "reward.model_name_or_path": "both"},
+    "both": {
+        "reward_shaping": "abc_signed",
+        "reward.model_name_or_path": "both",
+        "algo.advantage.estimator": "group_norm",
+        "rollout.n_samples_per_prompt": 2,
+        "shaping.segment": "sentence",
+    },
+    "shapley": {"reward_shaping": "shapley", "shaping.calls": 3},
 }
 
 
@@ -65,10 +72,11 @@ def logged(out):
 def test_a_run_logs_its_credit_and_conserves_the_reward(runs, name):
     figures, _ = runs[name]
     assert max(figures["credit_conservation_error"]) < 1e-5
-    signed = RUNS[name]["reward_shaping"] in ("prefix", "grad_input")
+    signed = RUNS[name]["reward_shaping"] in ("prefix", "grad_input", "abc_signed", "shapley")
     assert ("credit_negative_share" in figures) == signed
     assert ("credit_disagreement" in figures) == ("reward_disagreement" in figures) == name.startswith("both")
-    if name in ("prefix", "grad_input"):
+    assert ("shapley_segments" in figures) == (name == "shapley")
+    if name in ("prefix", "grad_input", "shapley"):
         assert 0.0 < figures["credit_negative_share"][0] < 1.0
 
 
@@ -116,6 +124,10 @@ def refused(tiny, out, on_ray=False, **changes):
         ({"reward_shaping": "prefix", "shaping.layer": "0"}, "prefix reads no attention: leave --shaping.layer 0 out"),
         ({"reward_shaping": "uniform", "shaping.heads": "0"}, "uniform reads no attention: leave --shaping.heads"),
         ({"reward_shaping": "abc_d", "shaping.heads": "0"}, "abc_d reads the policy's attention: leave"),
+        ({"reward_shaping": "abc_signed", "shaping.drop": "special"}, "gives signed credit.*leave --shaping.drop"),
+        ({"reward_shaping": "abc_signed", "shaping.layer": "0"}, "layer 0 of 2 is to be read, .*give --shaping.layer"),
+        ({"reward_shaping": "abc_signed", "ds.tensor_parallel_size": 2}, "it splits each layer over processes"),
+        ({"reward_shaping": "abc_signed", "shaping.calls": 8}, "reads no parts of a response: .*or use shapley"),
         ({"reward_shaping": "abc", "shaping.heads": "0,9"}, "--shaping.heads 9: the layer has 2 heads, 0 to 1"),
         ({"reward_shaping": "prefix", "shaping.tokenizer_check": "map"}, "the reward model's tokens end elsewhere"),
         ({"reward_shaping": "abc", "shaping.segment": "turn"}, "a response is one turn.*use sentence"),
@@ -126,7 +138,7 @@ def test_settings_that_a_method_cannot_heed_are_refused(tiny, tmp_path, changes,
     assert re.search(message, refused(tiny, tmp_path, **changes))
 
 
-@pytest.mark.parametrize("method", ["prefix", "grad_input"])
+@pytest.mark.parametrize("method", ["prefix", "grad_input", "shapley"])
 def test_a_remote_reward_has_attention_only(tiny, tmp_path, method):
     remote = {"reward.remote_url": "http://localhost:1/", "reward.model_name_or_path": None}
     said = refused(tiny, tmp_path, on_ray=True, reward_shaping=method, **remote)
@@ -175,10 +187,11 @@ def test_sentences_end_where_their_last_token_is_written(tiny):
     assert turns == [2, ids.shape[1] - 2]
 
 
-def test_evaluate_gives_signed_shares_of_an_ensemble(tiny, second, tmp_path, capsys):
+@pytest.mark.parametrize("method", ["abc_signed", "shapley"])
+def test_evaluate_gives_signed_shares_of_an_ensemble(tiny, second, tmp_path, method):
     out = tmp_path / "samples.jsonl"
     paths = {"reward.model_name_or_path": f"{tiny / 'reward_model'},{second}", "data.max_samples": 4}
-    words = local_flags(tiny, tmp_path, reward_shaping="prefix", **paths)
+    words = local_flags(tiny, tmp_path, reward_shaping=method, **paths)
     assert main(["evaluate", *words, "--out", str(out)]) == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(lines) == 4

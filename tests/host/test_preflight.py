@@ -13,7 +13,7 @@ from abc_plugin.host.imports import import_host
 
 import_host()
 
-from abc_plugin.host.checks import preflight, warn_of_critic  # noqa: E402
+from abc_plugin.host.checks import announce, preflight  # noqa: E402
 from abc_plugin.host.ray_driver import _cause  # noqa: E402
 from abc_plugin.local.local_checks import parse_for_one_process  # noqa: E402
 
@@ -101,10 +101,16 @@ def test_a_remote_reward_is_told_what_to_send(tiny, tmp_path, capsys):
 def test_dense_credit_on_top_of_a_critic_that_has_it_is_warned_of(tiny, tmp_path, capsys, shaping, changes, warned):
     paths = {"the reward model": tiny / "reward_model", "the policy": tiny / "policy"}
     flags = local_flags(tiny, tmp_path, **{key: paths.get(value, value) for key, value in changes.items()})
-    warn_of_critic(parse_for_one_process(flags, shaping)[0], shaping)
+    announce(parse_for_one_process(flags, shaping)[0], shaping)
     said = f"give --critic.model_name_or_path {tiny / 'policy'}, or use --reward_shaping abc_signed or none\n"
     printed = capsys.readouterr().out
     assert printed.endswith(said) and printed.count("\n") == 1 if warned else printed == ""
+
+
+def test_what_shapley_costs_is_said(tiny, tmp_path, capsys):
+    checked(tiny, tmp_path, ShapingConfig("shapley", calls=5))
+    said = "shapley runs the reward model 5 more times per response (--shaping.calls): 6 times the cost of scoring it"
+    assert said in capsys.readouterr().out
 
 
 CREATION = """The actor died because of an error raised in its creation task, ray::PPOTrainer.__init__() (pid=1)

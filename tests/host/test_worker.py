@@ -116,6 +116,33 @@ def test_an_ensemble_scores_the_mean_and_hands_over_what_each_model_says(tiny, t
     assert both.model is both.members[1].model
 
 
+def test_shapley_values_are_those_of_the_text_without_the_others(tiny, monkeypatch, batch):
+    """Two segments of each response, by hand: all four of its parts are scored alone, unpadded and closed up."""
+    stock = worker(tiny, monkeypatch, ShapingConfig("none"))
+    self = worker(tiny, monkeypatch, ShapingConfig("shapley", calls=3))
+    for member in (stock, self):
+        member.model.float()
+    ids, mask = batch
+    position_S = torch.arange(9)
+    first, last = torch.tensor([2, 1, 5]), torch.tensor([8, 4, 8])  # of the actions: 7, 4 and 4 tokens, in halves
+    acts_BS = (position_S >= first[:, None]) & mask.bool()
+    reward_B, [evidence], info = self.forward(ids, mask, action_mask=acts_BS[:, 1:].long(), pad_sequence=True)
+    assert torch.equal(reward_B, stock.forward(ids, mask, pad_sequence=True))
+    assert info["shapley_segments"].tolist() == [2.0] * 3
+    for b, row_S in enumerate(evidence["shapley"]):
+        middle = int(first[b] + (last[b] - first[b] + 2) // 2)  # where the second half begins
+        halves = (position_S >= first[b]) & (position_S < middle), (position_S >= middle) & acts_BS[b]
+
+        def score(*held, b=b, halves=halves):
+            left = ids[b][mask[b].bool() & ~acts_BS[b] | sum((halves[k] for k in held), torch.zeros(9).bool())]
+            return stock.forward(left[None], torch.ones_like(left[None]), pad_sequence=True)[0]
+
+        one = (score(0) - score() + score(0, 1) - score(1)) / 2
+        expected_S = torch.zeros(9)
+        expected_S[middle - 1], expected_S[last[b]] = one, score(0, 1) - score() - one
+        torch.testing.assert_close(row_S, expected_S, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(("method", "need"), [("prefix", "prefix"), ("grad_input", "gradient")])
 def test_reading_the_score_at_every_token_or_its_gradient_leaves_it_as_it_was(tiny, monkeypatch, batch, method, need):
     stock_B = worker(tiny, monkeypatch, ShapingConfig("none")).forward(*batch)

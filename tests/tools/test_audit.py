@@ -18,6 +18,7 @@ from abc_plugin.tools.audit.measure import credit_of, curves, removal_order
 from abc_plugin.tools.audit.results import Results
 from abc_plugin.tools.audit.reward_model import RewardModel
 
+METHODS = ["abc", "uniform", "none", "shapley", "--shaping.calls", "17"]
 OUTPUTS = ["agreement.png", "audit.html", "audit.json", "completions.jsonl", "curves.png", "heads.png"]
 
 
@@ -46,7 +47,7 @@ def audit(made, out, *args):
 def attentive(made, tmp_path_factory):
     """The directory of an audit that finds abc's credit good."""
     out = tmp_path_factory.mktemp("attentive")
-    audit(made, out, "attentive", "good", "--methods", "abc", "uniform", "none")
+    audit(made, out, "attentive", "good", "--methods", *METHODS)
     return out
 
 
@@ -105,8 +106,9 @@ def test_it_finds_the_tokens_that_count_and_no_merit_in_chance(made, tmp_path, c
 def test_attention_to_the_tokens_that_count_is_found_better(attentive):
     result = json.loads((attentive / "audit.json").read_text())
     assert result["advice"]["sentences"][0].startswith("abc credit of this model follows, closely, which tokens")
-    separation = {name: result["methods"][name]["separation"]["mean"] for name in ("abc", "leave_one_out")}
+    separation = {name: result["methods"][name]["separation"]["mean"] for name in ("abc", "shapley", "leave_one_out")}
     assert separation["abc"] == pytest.approx(separation["leave_one_out"], rel=0.01)
+    assert separation["shapley"] == pytest.approx(separation["leave_one_out"], rel=0.01)  # each token is a segment
     assert result["heads"]["carrying"] == [[0, 0]] and result["heads"]["against"] == []
     assert result["heads"]["layer"]["layer"] == 0
 
@@ -135,7 +137,7 @@ def test_a_killed_audit_goes_on_and_ends_with_identical_files(made, attentive, t
         return measure(*args)
 
     monkeypatch.setattr(command, "measure", killed)
-    again = words(made, tmp_path, "attentive", "good", "--methods", "abc", "uniform", "none")
+    again = words(made, tmp_path, "attentive", "good", "--methods", *METHODS)
     assert main(again) == 130
     written = tmp_path / "completions.jsonl"
     assert len(written.read_bytes().splitlines()) == 4  # the configuration and three completions
@@ -181,7 +183,7 @@ def test_results_of_another_configuration_are_refused_and_kept(made, attentive, 
         assert error.startswith("abc-rlhf: error: ") and "choose another --out" in error
         return error
 
-    same = ("attentive", "good", "--methods", "abc", "uniform", "none")
+    same = ("attentive", "good", "--methods", *METHODS)
     for args, name in (
         (("attentive", "good", "--methods", "uniform"), "methods"),
         (("attentive", "mixed", *same[2:]), "completions"),

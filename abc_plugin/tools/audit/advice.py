@@ -102,6 +102,7 @@ def _options(method: Method, shaping: ShapingConfig) -> list[str]:
         "heads": "attention" in method.needs,
         "drop": method.weights,
         "entropy_floor": method.weights,
+        "calls": "shapley" in method.needs,
     }
     given = {name: getattr(shaping, name) for name, used in uses.items() if used}
     return [f"--shaping.{name} {value}" for name, value in given.items() if value != getattr(ShapingConfig(), name)]

@@ -23,7 +23,7 @@ try:
     from abc_plugin.tools.audit.advice import advise
     from abc_plugin.tools.audit.completions import SHORTEST, Completion, Reading, read
     from abc_plugin.tools.audit.head_map import map_heads
-    from abc_plugin.tools.audit.measure import EVIDENCE, POINTS, measure
+    from abc_plugin.tools.audit.measure import COSTLY, EVIDENCE, POINTS, measure
     from abc_plugin.tools.audit.outputs import Outcome, tell, write
     from abc_plugin.tools.audit.results import Results
     from abc_plugin.tools.audit.reward_model import FLAG, RewardModel
@@ -33,7 +33,7 @@ except ModuleNotFoundError as error:
 
 CONTRIBUTION = "contribution"  # evidence that not every reward model has (attention/contribution.py)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SHAPING = ("layer", "heads", "drop", "entropy_floor")  # the settings that decide which token gets how much
+SHAPING = ("layer", "heads", "drop", "entropy_floor", "calls")  # the settings that decide which token gets how much
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: single tokens)",
     )
     add("--samples", type=int, default=128, help="completions audited, at evenly spaced lines of the file (128)")
-    add("--methods", nargs="+", metavar="METHOD", help="default: every registered method a reward model can serve")
+    add("--methods", nargs="+", metavar="METHOD", help="default: every registered method that one forward can serve")
     add("--ds.value_head_prefix", default="score", metavar="NAME", help="name of the scalar head (score)")
     add("--reward.normalize_enable", action="store_true", help="normalise by the mean and std of the model's config")
     add("--dtype", choices=DTYPES, default="fp32", help="fp32; bf16 halves memory and rounds small effects away")
@@ -142,8 +142,7 @@ def _methods(names: list[str] | None) -> dict[str, registry.Method]:
         return {name: method for name, method in loaded.items() if method.needs <= set(EVIDENCE)}
     loaded = {name: registry.load(name) for name in names}
     for name, method in loaded.items():
-        if not method.needs <= set(EVIDENCE):
-            lacking = ", ".join(sorted(method.needs - set(EVIDENCE)))
+        if lacking := ", ".join(sorted(method.needs - {*EVIDENCE, *COSTLY})):
             raise UserError(
                 f"--methods {name} needs {lacking}, which a reward model alone does not give; leave it out"
             )

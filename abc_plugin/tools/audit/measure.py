@@ -16,6 +16,7 @@ from torch import Tensor
 from abc_plugin.config import ShapingConfig
 from abc_plugin.credit.methods import PREFIX, Evidence, Method
 from abc_plugin.credit.shaping import dropped, shape
+from abc_plugin.credit.shapley import segments, shapley_values
 from abc_plugin.errors import UserError
 from abc_plugin.tools.audit.completions import Completion
 from abc_plugin.tools.audit.estimates import spearman
@@ -23,7 +24,8 @@ from abc_plugin.tools.audit.reward_model import FLAG, Explanation, RewardModel
 from abc_plugin.tools.audit.summary import LEAVE_ONE_OUT, RANDOM, RECENCY
 
 POINTS = 10  # a curve's steps: tokens are removed by tenths of the completion
-EVIDENCE = ("attention", "prefix", "gradient", "contribution")  # what a reward model alone can give
+EVIDENCE = ("attention", "prefix", "gradient", "contribution")  # what one forward of a reward model can give
+COSTLY = ("shapley",)  # what many can, so that it is audited where it is asked for
 
 
 def measure(
@@ -49,6 +51,8 @@ def measure(
     left = [prompt + ids, prompt, *(prompt + sum(pieces[:t] + pieces[t + 1 :], []) for t in range(len(pieces)))]
     [_, empty, *without] = _finite(model, left, completion)
     explained = model.explain(prompt + ids)
+    if any("shapley" in method.needs for method in methods.values()):
+        explained.evidence["shapley"] = shapley_row(model, completion, pieces, explained.score, shaping.calls)
 
     def pooled(x_XT: Tensor) -> Tensor:
         return torch.from_numpy(np.add.reduceat(x_XT.double().numpy(), starts, axis=-1))
@@ -106,6 +110,22 @@ def credit_of(
         entropy_floor=shaping.entropy_floor,
     )
     return shaped.credit_BA[0, first - 1 :]
+
+
+def shapley_row(
+    model: RewardModel, completion: Completion, pieces: list[list[int]], whole: float, calls: int
+) -> Tensor:
+    """Shapley values of the pieces, merged where the calls are few, each on its last token, (S,), score units."""
+    prompt, ids = completion.prompt_ids, torch.tensor(completion.ids)
+    ends_BT = torch.zeros(1, len(ids), dtype=torch.bool)
+    ends_BT[0, torch.tensor([len(piece) for piece in pieces]).cumsum(0) - 1] = True
+    segment_BT = segments(ends_BT, torch.ones_like(ends_BT), calls)
+
+    def score(kept_BT: Tensor) -> Tensor:
+        return torch.tensor(_finite(model, [prompt + ids[kept_BT[0]].tolist()], completion))
+
+    value_BT = shapley_values(score, torch.tensor([whole]), segment_BT, calls, seeds=[completion.row])
+    return torch.cat([torch.zeros(len(prompt)), value_BT[0]])
 
 
 def random_credit(tokens: int, reward: float, seed: int) -> Tensor:

@@ -267,20 +267,20 @@ def other_metric(table):
 
 
 BAD = {
-    "no column reward": lambda table: [row.pop("reward") for row in table],
+    "has no rows with reward": lambda table: [row.pop("reward") for row in table],
     "row 4: seed '?x'?": changed(3, seed="x"),
     "row 5: seed '?1.5'? is no whole number": changed(4, seed=1.5),
     "row 1: step ('nan'|None) is no whole number": changed(0, step=None),
     "row 1: reward 'high' is no finite number": changed(0, reward="high"),
     "row 15: reward 'NaN' is no finite number": changed(14, reward="NaN"),
     "row 72: reward '-inf' is no finite number": changed(-1, reward="-inf"),
-    "row 1: kl '\\?' is no finite number": changed(0, kl="?"),
-    "row 1: method is empty": changed(0, method=""),
+    "row 1: kl '\\?' is no number": changed(0, kl="?"),
+    "row 1: method None is no text": changed(0, method=""),
     "row 73: this step of this run is there twice": lambda table: table.append(dict(table[0])),
     "method abc, beta 0.8, seed 3 has 11 of 12 steps": lambda table: table.pop(),
     "unequal length: .* has 12 of 13 steps": changed(-1, step=99),
     "column 'loss' changes within a run": other_metric,
-    "has no rows|cannot be read": lambda table: table.clear(),
+    "has no rows with method, seed, step, reward|cannot be read": lambda table: table.clear(),
 }
 
 
@@ -302,7 +302,7 @@ def test_bad_tables_are_refused_by_file_row_and_value(tmp_path, capsys, part, su
         ("t.csv", "method,seed,step,reward\nnone,1,1,2\nnone,1,1\n", "row 2: reward None is no finite number"),
         ("t.csv", "method,seed,step,reward\nnone,1,1,2,3\n", "more cells than the header"),
         ("t.csv", "method,seed,step,reward\nnone,1,1,2\nnone,1,2,2,3\n", "cannot be read (Error tokenizing"),
-        ("t.csv", "method;seed;step;reward\nnone;1;1;2\n", "no column method, seed, step, reward"),
+        ("t.csv", "method;seed;step;reward\nnone;1;1;2\n", "no rows with method, seed, step, reward; it has 1 with"),
         ("t.csv", "", "cannot be read"),
         ("t.csv", b"\xff\xfe\x00", "UTF-8"),
         ("t.jsonl", '{"method": "none"\n', "not JSON"),

@@ -132,7 +132,7 @@ def test_reward_at_equal_kl():
 
 def test_measures_per_run():
     climb = np.arange(20.0)[None]
-    assert per_run(condition(reward=climb, kl=2 * climb)).to_dict("records") == [
+    assert per_run(condition(reward=climb, kl=2 * climb).curves).to_dict("records") == [
         {"reward": 9.5, "reward_last": 14.5, "kl": 19.0, "kl_last": 29.0}
     ]
 
@@ -161,41 +161,12 @@ def simulated(random, n=10, truth=0.25):
     ]
 
 
-@pytest.fixture(scope="module")
-def many():
-    """The runs of 1000 simulated studies of 10 seeds with a true difference: (1000, 2, 10, T)."""
-    random = np.random.default_rng(1)
-    return np.array([simulated(random) for _ in range(SIMULATIONS)])
-
-
 def share(flags):
     return float(np.mean(list(flags)))
 
 
 def holds(estimate, truth):
     return estimate.low <= truth <= estimate.high
-
-
-TRUE_MEAN = float(np.mean(4 * (1 - np.exp(-np.arange(T) / 8))))
-
-
-def test_nominal_coverage(many):
-    assert 0.93 <= share(holds(t_interval(none), TRUE_MEAN) for none in many.mean(-1)[:, 1]) <= 0.97
-    assert 0.93 <= share(holds(paired(*both).estimate, 0.25) for both in many.mean(-1)) <= 0.97
-    ratios = [deviation_ratio(*both) for both in many.mean(-1)]
-    assert 0.93 <= share(holds(each.estimate, 1.0) for each in ratios) <= 0.97
-    assert 0.03 <= share(each.p < 0.05 for each in ratios) <= 0.07
-
-
-def test_false_alarms_are_as_many_as_they_say():
-    random = np.random.default_rng(2)
-    runs = np.array([[x.mean(1) for x in simulated(random, truth=0.0)] for _ in range(SIMULATIONS)])
-    p_values = [paired(*both).p for both in runs]
-    assert 0.03 <= share(p < 0.05 for p in p_values) <= 0.07
-    # Of five comparisons without a difference, Holm's correction leaves a false alarm in at most 5 % of reports.
-    families = [p_values[i : i + 5] for i in range(0, SIMULATIONS, 5)]
-    assert share(min(holm(family)) < 0.05 for family in families) <= 0.09
-    assert share(min(family) < 0.05 for family in families) >= 0.15
 
 
 @pytest.mark.parametrize("pace", [0.7, 1.0, 1.6])
@@ -252,7 +223,6 @@ def test_a_slower_method_on_the_same_frontier_is_no_worse_at_equal_kl(pace, shap
 # what must not matter
 
 tables = st.integers(0, 10**6).map(lambda seed: simulated(np.random.default_rng(seed), n=5))
-numbers = st.floats(-50, 50).map(lambda x: round(x, 2))
 
 
 @given(tables, st.floats(-20, 20).map(lambda x: round(x, 1)))
@@ -266,29 +236,6 @@ def test_a_constant_on_all_rewards_changes_no_comparison(runs, shift):
         assert ends(test.estimate) == near(ends(new.tests[name].estimate), rel=1e-6, abs=1e-9)
         assert test.p == near(new.tests[name].p, rel=1e-4, abs=1e-12)
     assert len(old.tests) == 6 and ends(old.steps.steps) == near(ends(new.steps.steps), rel=1e-6)
-
-
-@given(st.lists(st.tuples(numbers, numbers), min_size=4, max_size=7))
-@settings(deadline=None, max_examples=40)
-def test_tests_and_intervals_agree(both):
-    x, y = (np.array(side) for side in zip(*both, strict=True))
-    forth, back = paired(x, y), paired(y, x)
-    assert forth.estimate.value == near(-back.estimate.value) and forth.p == near(back.p)
-    if min(abs(forth.estimate.low), abs(forth.estimate.high)) > 1e-6:
-        assert (forth.p < 0.05) != holds(forth.estimate, 0.0)
-    ratio = deviation_ratio(x, y)
-    if ratio is not None and not 0.049 <= ratio.p <= 0.051 and ratio.p < 0.999:
-        assert (ratio.p < 0.05) != holds(ratio.estimate, 1.0)
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.randoms())
-@settings(deadline=None, max_examples=60)
-def test_holm_keeps_the_order_and_never_helps(p_values, random):
-    adjusted = holm(p_values)
-    assert all(p <= a <= 1 for p, a in zip(p_values, adjusted, strict=True))
-    order = list(range(len(p_values)))
-    random.shuffle(order)
-    assert holm([p_values[i] for i in order]) == [adjusted[i] for i in order]
 
 
 # which conditions are compared
@@ -342,10 +289,9 @@ def test_a_baseline_that_still_rises_is_said_once_and_decides_no_claim_of_steps(
     assert analysis.comparisons[0].steps.ratio.high <= 0.5  # the number stays
 
 
-def test_runs_without_more_than_the_last_ten_steps_are_named():
-    lengths = [analyse(table(condition("none", np.ones((2, steps))))).warnings for steps in (1, 10, 11)]
-    said = "Runs of {} steps: the last 10 are all of them."
-    assert lengths == [[said.format(1)], [said.format(10)], []]
+def test_runs_without_more_than_the_last_ten_steps_are_said():
+    said = [analyse(table(condition("none", np.ones((2, steps))))).warnings for steps in (1, 10, 11)]
+    assert said[0] == said[1] == ["Some runs have at most 10 steps: the last 10 are all of them."] and said[2] == []
 
 
 @pytest.mark.parametrize(("lifted", "without"), [((5, 5, 5), 3), ((5, 0, 0), 1)])

@@ -10,7 +10,7 @@ import pandas as pd
 
 from abc_plugin.tools.study.inference import Effect, deviation_ratio, holm, paired
 from abc_plugin.tools.study.learning_curves import LAST, SHARE, Steps, at_equal_kl, change, rises, steps_to_rise
-from abc_plugin.tools.study.table import BASELINE, METRICS, Condition, Table
+from abc_plugin.tools.study.table import BASELINE, Condition, Table
 
 # What is compared, and its name in texts; all but the last are differences.
 MEASURES = {
@@ -94,15 +94,11 @@ class Analysis:
         )
 
 
-def per_run(condition: Condition) -> pd.DataFrame:
+def per_run(curves: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """A row per seed: mean over all steps and over the last LAST of each metric that was logged."""
-    return pd.DataFrame(
-        {
-            name: curve.mean(axis=1)
-            for metric, whole in condition.curves.items()
-            for name, curve in {metric: whole, f"{metric}_last": whole.iloc[:, -LAST:]}.items()
-        }
-    )
+    last = {f"{metric}_last": curve.iloc[:, -LAST:] for metric, curve in curves.items()}
+    means = {name: curve.mean(axis=1) for name, curve in (curves | last).items()}
+    return pd.DataFrame({name: means[name] for name in MEASURES if name in means})
 
 
 def analyse(table: Table) -> Analysis:
@@ -121,19 +117,16 @@ def analyse(table: Table) -> Analysis:
 
 
 def _compare(condition: Condition, other: Condition) -> Comparison:
-    ours, theirs = per_run(condition), per_run(other)
-    seeds = ours.index.intersection(theirs.index)
+    seeds = condition.curves["reward"].index.intersection(other.curves["reward"].index)
     found = Comparison(condition, other, seeds.tolist())
     if not found.seeds:
         return found
-    ours, theirs = ours.loc[seeds], theirs.loc[seeds]
+    curves, base = ({name: curve.loc[seeds] for name, curve in each.curves.items()} for each in (condition, other))
+    ours, theirs = per_run(curves), per_run(base)
     tests = {name: paired(ours[name], theirs[name]) for name in ours if name in theirs}
     if spread := deviation_ratio(ours["reward"], theirs["reward"]):
         tests["spread"] = spread
-    curves, base = (
-        {name: each.curves[name].loc[seeds].to_numpy() for name in METRICS if name in each.curves}
-        for each in (condition, other)
-    )
+    curves, base = ({name: curve.to_numpy() for name, curve in each.items()} for each in (curves, base))
     if "kl" in tests:
         runs = zip(curves["kl"], curves["reward"], base["kl"], base["reward"], strict=True)
         if pairs := [pair for run in runs if (pair := at_equal_kl(*run))]:
@@ -152,8 +145,8 @@ def _warnings(table: Table, comparisons: list[Comparison], alone: list[str]) -> 
     warnings = []
     if alone:
         warnings.append(f"Without a baseline (method {BASELINE} with the same settings): {'; '.join(alone)}.")
-    if short := sorted({each.curves["reward"].shape[1] for each in table.conditions} & set(range(LAST + 1))):
-        warnings.append(f"Runs of {', '.join(map(str, short))} steps: the last {LAST} are all of them.")
+    if any(each.curves["reward"].shape[1] <= LAST for each in table.conditions):
+        warnings.append(f"Some runs have at most {LAST} steps: the last {LAST} are all of them.")
     for each in comparisons:
         who, n = f"{each.condition.name} against {each.other.label}", len(each.seeds)
         if odd := sorted({*each.condition.curves["reward"].index} ^ {*each.other.curves["reward"].index}):

@@ -67,7 +67,7 @@ def rows(analysis: Analysis) -> dict[str, list[dict[str, Any]]]:
     overview: dict[str, dict[str, Any]] = {}
     for each in with_baseline:
         group, test = each.condition.group, each.tests["reward"]
-        base = {f"reward of {BASELINE}": number(per_run(each.other)["reward"].mean(), 2)}
+        base = {f"reward of {BASELINE}": number(per_run(each.other.curves)["reward"].mean(), 2)}
         row = overview.setdefault(group, {"condition": group, "seeds": 0} | base)
         row |= {"seeds": max(row["seeds"], test.n), each.condition.label: f"{test.estimate}{' *' * test.significant}"}
     return {
@@ -79,7 +79,7 @@ def rows(analysis: Analysis) -> dict[str, list[dict[str, Any]]]:
         ],
         "means": [
             {"condition": each.group, "method": each.label, "seeds": len(each.curves["reward"])}
-            | {MEASURES[name]: t_interval(values) for name, values in per_run(each).items()}
+            | {MEASURES[name]: t_interval(values) for name, values in per_run(each.curves).items()}
             for each in analysis.table.conditions
         ],
         "differences": [

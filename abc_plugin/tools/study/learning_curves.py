@@ -43,9 +43,8 @@ def crossing(curve_BT: np.ndarray, steps_T: np.ndarray, target_B: np.ndarray) ->
     reached_BT = smooth_BT >= target_B[:, None]
     at_B, row_B = reached_BT.argmax(1), np.arange(len(smooth_BT))
     before_B = np.maximum(at_B - 1, 0)
-    low_B, high_B = smooth_BT[row_B, before_B], smooth_BT[row_B, at_B]
-    rise_B = np.where(high_B > low_B, high_B - low_B, 1.0)
-    share_B = np.where(at_B > 0, (target_B - low_B) / rise_B, 0.0)
+    low_B, rise_B = smooth_BT[row_B, before_B], smooth_BT[row_B, at_B] - smooth_BT[row_B, before_B]
+    share_B = np.divide(target_B - low_B, rise_B, out=np.zeros_like(rise_B), where=rise_B > 0)
     crossed_B = steps_T[before_B] + share_B * (steps_T[at_B] - steps_T[before_B])
     return np.where(reached_BT.any(1), crossed_B, math.inf)
 

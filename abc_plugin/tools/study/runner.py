@@ -11,13 +11,9 @@ import subprocess
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.progress import Progress
 
 from abc_plugin.errors import UserError
 from abc_plugin.tools.study.directory import LOG, Study
@@ -73,23 +69,18 @@ class _Active:
     started: float
 
 
+@dataclass
 class _Session:
     """One call of the command: starts, watches and ends the processes of the runs that are not finished."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        study: Study,
-        runs: list[Run],
-        in_tables: list[Run],
-        slots: list[Any],
-        versions: dict[str, str],
-    ) -> None:
-        self.plan, self.study, self.runs, self.in_tables, self.versions = plan, study, runs, in_tables, versions
-        self.free, self.jobs = deque(slots), len(slots)
-        self.active: list[_Active] = []
-        self.failed: list[str] = []
-        self.console = Console(highlight=False, markup=False, soft_wrap=True)
+    plan: Plan
+    study: Study
+    runs: list[Run]
+    in_tables: list[Run]
+    slots: list[str | None]
+    versions: dict[str, str]
+    active: list[_Active] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
 
     def run(self) -> int:
         """All runs; returns the exit status."""
@@ -98,25 +89,22 @@ class _Session:
             if not self.plan.keep_policies:
                 self.study.drop_weights(run)
         self.study.write_tables(self.in_tables)
-        waiting = deque(run for run in self.runs if run not in finished)
+        waiting, free = deque(run for run in self.runs if run not in finished), deque(self.slots)
         print(
-            f"study: {len(self.runs)} runs, {len(finished)} of them finished before; up to {self.jobs} at a time; in "
+            f"study: {len(self.runs)} runs, {len(finished)} of them finished before; up to {len(free)} at a time; in "
             f"{self.study.root}, each with its {LOG}",
             flush=True,
         )
-        # Without a terminal only the lines about ended runs are printed.
-        bar = Progress(console=self.console, disable=not self.console.is_terminal, speed_estimate_period=86400)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runs as Ctrl-C does
         try:
-            with bar:
-                task = bar.add_task("runs", total=len(waiting))
-                while waiting or self.active:
-                    while waiting and self.free:
-                        self._start(waiting.popleft(), self.free.popleft())
-                    time.sleep(POLL)
-                    for active in [each for each in self.active if each.process.poll() is not None]:
-                        self._ended(active)
-                        bar.advance(task)
+            while waiting or self.active:
+                while waiting and free:
+                    self._start(waiting.popleft(), free.popleft())
+                time.sleep(POLL)
+                for active in [each for each in self.active if each.process.poll() is not None]:
+                    self.active.remove(active)
+                    free.append(active.slot)
+                    self._ended(active)
         except KeyboardInterrupt:
             self._end_all(signal.SIGINT)
             print(f"\nstudy: stopped; {self._summary()}; the same command goes on:\n  {_this_command()}")
@@ -125,11 +113,8 @@ class _Session:
             self._end_all(signal.SIGKILL)
         took = timedelta(seconds=round(time.monotonic() - begun))
         if self.failed:
-            print(
-                f"study: {len(self.failed)} failed: {', '.join(self.failed)}; {self._summary()}, {took}; the same "
-                f"command tries them again:\n  {_this_command()}",
-                file=sys.stderr,
-            )
+            said = f"{len(self.failed)} failed: {', '.join(self.failed)}; {self._summary()}, {took}"
+            print(f"study: {said}; the same command tries them again:\n  {_this_command()}", file=sys.stderr)
             return 1
         root = shlex.quote(str(self.study.root))
         print(f"study: {self._summary()}: results.csv, in {took}; compare them with: abc-rlhf study report {root}")
@@ -145,7 +130,7 @@ class _Session:
         }
         command = [*PROGRAM, self.plan.driver, *command_words(options), *(["--ckpt.load_enable"] if goes_on else [])]
         self.study.prepare(run, command, self.versions, goes_on=goes_on)
-        environment = {"OMP_NUM_THREADS": str(max(1, _cores() // self.jobs))} | os.environ
+        environment = {"OMP_NUM_THREADS": str(max(1, _cores() // len(self.slots)))} | os.environ
         if slot is not None:
             environment["CUDA_VISIBLE_DEVICES"] = slot
         with open(folder / LOG, "ab") as log:
@@ -161,12 +146,9 @@ class _Session:
         self.active.append(_Active(run, slot, process, time.monotonic()))
 
     def _ended(self, active: _Active) -> None:
-        self.active.remove(active)
-        self.free.append(active.slot)
         run, status, seconds = active.run, active.process.returncode, time.monotonic() - active.started
-        wrong = f"exit status {status}" if status else None
-        wrong = wrong or self.study.finish(run, seconds, keep_policy=self.plan.keep_policies)
-        if wrong:
+        keep = self.plan.keep_policies
+        if wrong := f"exit status {status}" if status else self.study.finish(run, seconds, keep_policy=keep):
             self.failed.append(run.name)
             log = self.study.folder(run) / LOG
             lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
@@ -175,7 +157,7 @@ class _Session:
         else:
             self.study.write_tables(self.in_tables)
             line = f"{run.name} took {timedelta(seconds=round(seconds))}; {self._summary()}"
-        self.console.print(f"study: {line}")
+        print(f"study: {line}", flush=True)
 
     def _summary(self) -> str:
         finished = sum(map(self.study.finished, self.runs))

@@ -94,34 +94,29 @@ class Table:
 
 def locate(source: str | Path) -> Path:
     """The table of a study's directory, or the file itself. Raises UserError where there is none."""
-    path = Path(source)
-    if path.is_dir():
-        path /= NAME
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; give a directory that abc-rlhf study wrote, or a CSV or JSONL file")
-    if path.suffix.lower() not in (".csv", ".jsonl"):
-        raise UserError(f"{path} is neither .csv nor .jsonl; a table has the columns {', '.join(NEEDED)}, …")
+    path = Path(source) / NAME if Path(source).is_dir() else Path(source)
+    if not path.is_file() or path.suffix.lower() not in (".csv", ".jsonl"):
+        wrong = "is neither .csv nor .jsonl" if path.is_file() else "does not exist"
+        raise UserError(f"{path} {wrong}; give a directory that abc-rlhf study wrote, or a CSV or JSONL file")
     return path
 
 
 def read(path: Path) -> Table:
     """The table in a file. Raises UserError, naming file, row or run, on anything that cannot be compared."""
     cells = _cells(path)
-    if cells.empty:
-        raise UserError(f"{path} has no rows; it needs one per run and step")
-    if missing := [name for name in NEEDED if name not in cells]:
-        raise UserError(f"{path} has no column {', '.join(missing)}; it has {', '.join(map(str, cells))}")
+    if missing := [name for name in NEEDED if cells.empty or name not in cells]:
+        raise UserError(f"{path} has no rows with {', '.join(missing)}; it has {len(cells)} with {list(cells)}")
     # Sorted, so that neither the order of columns nor which line has which key of JSON matters.
     settings = ["method", "beta", *sorted(set(cells) - NO_SETTINGS - {"beta"})]
-    rows = pd.DataFrame({name: _numbers(path, cells, name) for name in ("seed", "step", *METRICS) if name in cells})
-    for name in settings:
+    rows = pd.DataFrame({name: _parsed(path, cells, name) for name in (*NEEDED, "kl") if name in cells})
+    for name in settings[1:]:
         values = [_setting(cell) for cell in cells[name]] if name in cells else [None] * len(rows)
-        rows[name] = pd.Series(values, index=rows.index, dtype=object)
-    if rows["method"].isna().any():
-        row = rows["method"].isna().idxmax() + 1
-        raise UserError(f"{path} row {row}: method is empty; name it, {BASELINE} for the sparse reward")
-    for name in set(CREDIT_SETTINGS) & set(settings):
-        rows[name] = rows[name].where(rows["method"] != BASELINE, None)
+        rows[name] = pd.Series(values, dtype=object)
+        if name in CREDIT_SETTINGS:
+            rows[name] = rows[name].where(rows["method"] != BASELINE, None)
+    outside = [name for name in settings[1:] if name not in CREDIT_SETTINGS]
+    rows["condition"] = list(rows[settings].itertuples(index=False, name=None))
+    rows["group"] = list(rows[outside].itertuples(index=False, name=None)) if outside else [()] * len(rows)
     _check(path, rows, settings)
     return _table(rows, settings)
 
@@ -140,18 +135,19 @@ def _cells(path: Path) -> pd.DataFrame:
     return cells.astype(object).where(cells.notna() & (cells != ""), None)
 
 
-def _numbers(path: Path, cells: pd.DataFrame, name: str) -> pd.Series:
-    """A column of whole numbers (seed, step), of finite ones (reward), or of such as may be missing (kl)."""
-    numbers = pd.to_numeric(cells[name], errors="coerce").astype(float)
-    if name == "kl":
-        wrong = numbers.isna() & cells[name].notna() & (cells[name].astype(str).str.lower() != "nan")
-    else:
-        wrong = ~np.isfinite(numbers) if name == "reward" else numbers % 1 != 0
-    if wrong.any():
-        row, kind = int(wrong.idxmax()), "finite number" if name in METRICS else "whole number"
-        value = cells[name][row]
-        raise UserError(f"{path} row {row + 1}: {name} {value!r} is no {kind}; mend it, or leave its run out")
-    return numbers if name in METRICS else numbers.astype(int)
+def _parsed(path: Path, cells: pd.DataFrame, name: str) -> pd.Series:
+    """A column of texts (method), whole numbers (seed, step), finite ones (reward), or such as may be missing (kl)."""
+    column = cells[name]
+    numbers = pd.to_numeric(column, errors="coerce").astype(float)
+    kind, right = {
+        "method": ("text", column.notna()),
+        "reward": ("finite number", np.isfinite(numbers)),
+        "kl": ("number", numbers.notna() | column.isna() | (column.astype(str).str.lower() == "nan")),
+    }.get(name, ("whole number", numbers % 1 == 0))
+    if not right.all():
+        row = right.idxmin()
+        raise UserError(f"{path} row {row + 1}: {name} {column[row]!r} is no {kind}; mend it, or leave its run out")
+    return column.astype(str) if name == "method" else numbers.astype(float if name in METRICS else int)
 
 
 def _setting(cell: Any) -> Value:
@@ -162,21 +158,11 @@ def _setting(cell: Any) -> Value:
         return None if cell is None else str(cell)
 
 
-def shown(value: Value) -> str:
-    """A setting as text: 0.8, 48, gpt2; – where it is empty."""
-    return "–" if value is None else value if isinstance(value, str) else f"{value:.10g}"
-
-
 def _check(path: Path, rows: pd.DataFrame, settings: list[str]) -> None:
-    """Refuse rows that would be compared as what they are not; add the keys ``condition`` and ``group``."""
-    outside = [name for name in settings[1:] if name not in CREDIT_SETTINGS]
-    rows["condition"] = list(rows[settings].itertuples(index=False, name=None))
-    rows["group"] = list(rows[outside].itertuples(index=False, name=None)) if outside else [()] * len(rows)
+    """Refuse rows that would be compared as what they are not."""
     if (twice := rows.duplicated(["condition", "seed", "step"])).any():
-        raise UserError(
-            f"{path} row {twice.idxmax() + 1}: this step of this run is there twice; keep one, or tell the two apart "
-            "by a column of their setting"
-        )
+        row = twice.idxmax() + 1
+        raise UserError(f"{path} row {row}: this step of this run is there twice; tell runs apart by their settings")
     for name in settings[2:]:  # a further metric, taken for a setting, would cut every run to pieces of one step
         run = [*(other for other in settings if other != name), "seed"]
         for _, same in rows.groupby(run, dropna=False, sort=False):
@@ -187,10 +173,8 @@ def _check(path: Path, rows: pd.DataFrame, settings: list[str]) -> None:
         if lengths.min() < steps:
             condition, seed = lengths.idxmin()
             run = ", ".join(f"{name} {shown(value)}" for name, value in zip(settings, condition, strict=True))
-            raise UserError(
-                f"{path}: runs of unequal length: {run}, seed {seed} has {lengths.min()} of {steps} steps; finish it, "
-                "or leave it out of the table"
-            )
+            unequal = f"runs of unequal length: {run}, seed {seed} has {lengths.min()} of {steps} steps"
+            raise UserError(f"{path}: {unequal}; finish it, or leave it out of the table")
 
 
 def _table(rows: pd.DataFrame, settings: list[str]) -> Table:
@@ -216,7 +200,7 @@ def _table(rows: pd.DataFrame, settings: list[str]) -> Table:
         group = named(outside.values(), given, usual) or (USUAL if usual else "")
         logged = [metric for metric in METRICS if metric in runs]
         curves = {metric: runs.pivot(index="seed", columns="step", values=metric) for metric in logged}
-        conditions.append(Condition(str(given["method"]), f" {credit}" if credit else "", group, curves))
+        conditions.append(Condition(given["method"], f" {credit}" if credit else "", group, curves))
         if "kl" in curves and not np.isfinite(curves["kl"]).all(axis=None) and curves.pop("kl").notna().any(axis=None):
             warnings.append(f"{conditions[-1].name}: KL is missing or infinite in some steps, so it is left out.")
     conditions.sort(key=lambda condition: condition.group != USUAL)
@@ -224,8 +208,13 @@ def _table(rows: pd.DataFrame, settings: list[str]) -> Table:
 
 
 def symbol(setting: str) -> str:
-    """Its name in texts."""
+    """A setting's name in texts."""
     return SYMBOLS.get(setting, setting)
+
+
+def shown(value: Value) -> str:
+    """A setting as text: 0.8, 48, gpt2; – where it is empty."""
+    return "–" if value is None else value if isinstance(value, str) else f"{value:.10g}"
 
 
 def _short(values: list[Value]) -> dict[Value, str]:

@@ -16,7 +16,13 @@ from recovery_models import (
     tiny,
     tiny_reward_model,
 )
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from abc_plugin.attention.contribution import ContributionReader
 from abc_plugin.attention.layers import forward_code, target_layer
@@ -194,6 +200,9 @@ def test_models_whose_last_layer_cannot_be_read_are_refused_by_name(family):
 def test_a_model_without_a_head_and_one_split_over_processes_are_refused():
     with pytest.raises(UserError, match="LlamaModel has no scalar score head"):
         ContributionReader(tiny())
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 64}
+    with pytest.raises(UserError, match="BertForSequenceClassification has no scalar score head"):  # it reads [CLS]
+        ContributionReader(BertForSequenceClassification(BertConfig(**sizes, num_labels=1)))
     reader = ContributionReader(tiny_reward_model())
     for groups in ({"ring_group": "a ring"}, {"head_group": "heads"}):
         with pytest.raises(UserError, match="cannot be had of several rows, a ring or split heads"):

@@ -92,6 +92,14 @@ def test_the_worker_scores_the_text_in_its_own_tokens(other, tmp_path, monkeypat
     row_BS = evidence["attention"]
     torch.testing.assert_close(row_BS.sum(1), own["attention"].sum(1))
     assert row_BS.shape == ids.shape and info["credit_moved"] == 0.0 and info["reward_truncated"] == 0.0
+    signed, own_signed = (
+        worker(other, monkeypatch, shaping, extra=extra).forward(ids_, torch.ones_like(ids_), **parts).evidence[0]
+        for shaping, ids_, parts in (
+            (ShapingConfig("abc_signed", tokenizer_check="map"), ids, {"action_mask": action_mask, "prompts": [""]}),
+            (ShapingConfig("abc_signed"), own_ids, {}),
+        )
+    )
+    torch.testing.assert_close(signed["contribution"].sum(1), own_signed["contribution"].sum(1))
     shaping = ShapingConfig("shapley", tokenizer_check="map", calls=2, segment="sentence")
     _, [evidence], info = worker(other, monkeypatch, shaping, extra=extra).forward(
         ids, mask, action_mask=action_mask, prompts=["The film"]

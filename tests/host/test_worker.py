@@ -143,8 +143,10 @@ def test_shapley_values_are_those_of_the_text_without_the_others(tiny, monkeypat
         torch.testing.assert_close(row_S, expected_S, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("method", "need"), [("prefix", "prefix"), ("grad_input", "gradient")])
-def test_reading_the_score_at_every_token_or_its_gradient_leaves_it_as_it_was(tiny, monkeypatch, batch, method, need):
+@pytest.mark.parametrize(
+    ("method", "need"), [("prefix", "prefix"), ("grad_input", "gradient"), ("abc_signed", "contribution")]
+)
+def test_reading_more_beside_the_score_leaves_it_as_it_was(tiny, monkeypatch, batch, method, need):
     stock_B = worker(tiny, monkeypatch, ShapingConfig("none")).forward(*batch)
     reward_B, [evidence], _ = worker(tiny, monkeypatch, ShapingConfig(method)).forward(*batch)
     assert torch.equal(reward_B, stock_B) and not reward_B.requires_grad

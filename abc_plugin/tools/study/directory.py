@@ -23,6 +23,7 @@ from abc_plugin.errors import UserError
 from abc_plugin.report.runs import KL, REWARD, SECONDS, read_run
 from abc_plugin.tools.study.plan import Plan, Words
 from abc_plugin.tools.study.settings import Run, column, columns
+from abc_plugin.tools.study.table import setting, sort_key
 
 HEADER = "# A study of abc-rlhf; written by it, with what --smoke and the environment made of the plan."
 TAGS = {"reward": REWARD, "kl": KL, "value_loss": ("train/critic_loss",)}
@@ -50,10 +51,8 @@ class Study:
             raise UserError(f"{self.root} has files of another origin, such as {there[0].name}; give another --out")
         if (driver := yaml.safe_load(text)["driver"]) != plan.driver:
             raise UserError(f"{self.root} is a study with driver {driver}, not {plan.driver}; give another --out")
-        notes = {path.parent.name: _read_json(path) for path in sorted(self.root.glob(f"[!.]*/{RUN}"))}
-        return {
-            name: {option: tuple(words) for option, words in note["flags"].items()} for name, note in notes.items()
-        }
+        flags = {path.parent.name: _read_json(path)["flags"] for path in sorted(self.root.glob(f"[!.]*/{RUN}"))}
+        return {run: {name: tuple(words) for name, words in each.items()} for run, each in flags.items()}
 
     def claim(self, plan: Plan, runs: list[Run]) -> None:
         """Make the directory this process's until it ends, and write the plan.
@@ -121,7 +120,7 @@ class Study:
         runs = list(runs)
         names, results, timing = columns(runs), [], []
         finished = [run for run in runs if self.finished(run)]
-        for run in sorted(finished, key=lambda run: [_sort_key(run.settings[name]) for name in names]):
+        for run in sorted(finished, key=lambda run: [sort_key(setting(run.settings[name])) for name in names]):
             curve = pd.read_csv(self.folder(run) / CURVE, dtype=str, keep_default_na=False)
             results.append(curve.assign(**{name: run.settings[name] for name in names}))
             timing.append({"run": run.name} | _read_json(self.folder(run) / TIMES))
@@ -129,14 +128,6 @@ class Study:
         write_whole(self.root / RESULTS, rows.rename(columns=column).to_csv(index=False))
         times = pd.DataFrame(timing, columns=["run", "seconds", "seconds_per_step"])
         write_whole(self.root / TIMING, times.to_csv(index=False))
-
-
-def _sort_key(setting: str) -> tuple:
-    """Nothing, then numbers, then words."""
-    try:
-        return (1, float(setting), setting)
-    except ValueError:
-        return (2 if setting else 0, 0.0, setting)
 
 
 def _json(value: object) -> str:

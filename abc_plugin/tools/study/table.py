@@ -110,7 +110,7 @@ def read(path: Path) -> Table:
     settings = ["method", "beta", *sorted(set(cells) - NO_SETTINGS - {"beta"})]
     rows = pd.DataFrame({name: _parsed(path, cells, name) for name in (*NEEDED, "kl") if name in cells})
     for name in settings[1:]:
-        values = [_setting(cell) for cell in cells[name]] if name in cells else [None] * len(rows)
+        values = [setting(cell) for cell in cells[name]] if name in cells else [None] * len(rows)
         rows[name] = pd.Series(values, dtype=object)
         if name in CREDIT_SETTINGS:
             rows[name] = rows[name].where(rows["method"] != BASELINE, None)
@@ -150,12 +150,17 @@ def _parsed(path: Path, cells: pd.DataFrame, name: str) -> pd.Series:
     return column.astype(str) if name == "method" else numbers.astype(float if name in METRICS else int)
 
 
-def _setting(cell: Any) -> Value:
+def setting(cell: Any) -> Value:
     """A finite number, else the text."""
     try:
         return float(cell) if math.isfinite(float(cell)) else str(cell)
     except (TypeError, ValueError):
-        return None if cell is None else str(cell)
+        return None if cell in (None, "") else str(cell)
+
+
+def sort_key(value: Value) -> tuple:
+    """Nothing, then numbers, then words."""
+    return value is not None, isinstance(value, str), value or 0
 
 
 def _check(path: Path, rows: pd.DataFrame, settings: list[str]) -> None:
@@ -230,6 +235,6 @@ def _short(values: list[Value]) -> dict[Value, str]:
 
 def _order(values: tuple[Value, ...], settings: list[str]) -> tuple:
     """Groups together, none first, then by method and its settings; numbers before texts."""
-    keys = [(value is not None, isinstance(value, str), value or 0) for value in values]
+    keys = [sort_key(value) for value in values]
     outside = [key for key, name in zip(keys[1:], settings[1:], strict=True) if name not in CREDIT_SETTINGS]
     return outside, values[0] != BASELINE, keys

@@ -14,7 +14,7 @@ from abc_plugin.tools.audit.summary import LEAVE_ONE_OUT, RANDOM, RECENCY, Estim
 DEGREES = ((0.2, "weakly"), (0.5, "moderately"), (1.01, "closely"))  # a rank correlation below the number
 MEASURES = {"spearman": "rank correlation", "separation": "curves"}
 AHEAD = {1: "clearly ahead", -1: "clearly behind", 0: "not clearly ahead"}  # by the sign of a difference's interval
-KNOWS_NOTHING = ("none", "uniform", RANDOM, RECENCY, LEAVE_ONE_OUT)  # baselines and the yardstick: never recommended
+MEASURED_AGAINST = ("none", "uniform", "shapley", RANDOM, RECENCY, LEAVE_ONE_OUT)  # baselines and costly yardsticks
 MATTER = 0.5  # rank correlation of sizes above which attention is taken for the score's reason
 SIZES = (
     "abc finds the tokens that matter, whichever way (rank correlation of sizes {:.2f}): with the one such model that "
@@ -39,7 +39,7 @@ def advise(
     summary: Summary, tables: Tables, head_map: HeadMap, methods: dict[str, Method], shaping: ShapingConfig, path: str
 ) -> Advice:
     """The advice on the reward model at ``path``, of whose layer and heads ``shaping`` tells."""
-    others = [name for name in tables if name not in KNOWS_NOTHING]
+    others = [name for name in tables if name not in MEASURED_AGAINST]
     level = 1 - (1 - LEVEL) / max(1, len(others))  # the best of several looks good by luck
     widened = {name: intervals(tables[name], level) for name in others}
     good = [name for name in others if verdict(widened[name]) == "better"]
@@ -68,7 +68,7 @@ def closing(advice: dict[int | None, Advice]) -> list[str]:
         commands.setdefault(one.command, []).append(length)
     lines = []
     for command, lengths in commands.items():
-        where = "" if None in lengths else f" with completions of {' or '.join(map(str, lengths))} tokens"
+        where = "" if None in lengths else f" with completions of {', '.join(map(str, lengths))} tokens"
         why = "; ".join(f"{f'{n}: ' if n else ''}{advice[n].why}" for n in lengths)
         lines += [f"To train{where} without a critic, or with one from the policy ({why}):", f"    {command}"]
     if any(not command.endswith(" none") for command in commands):
@@ -102,7 +102,6 @@ def _options(method: Method, shaping: ShapingConfig) -> list[str]:
         "heads": "attention" in method.needs,
         "drop": method.weights,
         "entropy_floor": method.weights,
-        "calls": "shapley" in method.needs,
     }
     given = {name: getattr(shaping, name) for name, used in uses.items() if used}
     return [f"--shaping.{name} {value}" for name, value in given.items() if value != getattr(ShapingConfig(), name)]

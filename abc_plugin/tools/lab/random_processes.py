@@ -23,6 +23,7 @@ KINDS = {
     "attention": ("random", "aligned"),
     "gradient": ("random", "aligned"),
     "contribution": ("random", "aligned", "exact"),
+    "shapley": ("exact",),
     "prefix": ("random", "ideal"),
     "policy": ("random",),
     "policy_last": ("random",),
@@ -55,7 +56,7 @@ def draw(space: Completions, models: int, seed: int, *, rewards: str = "table", 
     attention: random: softmax of normal logits per completion; aligned: |leave-one-out|.
     policy, policy_last: random: softmax of normal logits, 0 on the last token, which no step of the policy sees.
     gradient, contribution: random: normal, contribution divided by sqrt(L); aligned: leave-one-out, signed.
-    contribution: exact: ``shapley``.
+    contribution, shapley: exact: ``shapley``.
     prefix: random: normal plus ``offset`` per prefix; ideal: E[r_C | prefix] under the policy theta; both with the
     empty prefix, the prompt's own score, in front, and r_C at the last action.
     """
@@ -81,7 +82,7 @@ def draw(space: Completions, models: int, seed: int, *, rewards: str = "table", 
     evidence |= {("gradient", "random"): normal(*shape_MNL), ("gradient", "aligned"): effect_MNL}
     evidence["contribution", "random"] = evidence["gradient", "random"] / space.L**0.5
     evidence["contribution", "aligned"] = effect_MNL
-    evidence["contribution", "exact"] = shapley(space, reward_MN)
+    evidence["contribution", "exact"] = evidence["shapley", "exact"] = shapley(space, reward_MN)
     for name in ("policy", "policy_last"):
         evidence[name, "random"] = normal(*shape_MNL)[:, space.before_last_N].softmax(2) * ~last_NL
     levels = [space.spread(normal(models, space.V**t) + offset) for t in (*range(1, space.L + 1), 0)]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 
 from abc_plugin import __version__
-from abc_plugin.errors import CreditError, NotFinite, UserError, WorkerDied
+from abc_plugin.errors import CannotWrite, CreditError, NotFinite, Terminated, UserError, WorkerDied
 
 # name: (module, one line of help). A module offers add_arguments(parser) and run(args) -> exit status; those of
 # OWN_PARSER read their words themselves, most by OpenRLHF's parser, by a function of argv -> exit status instead.
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0].startswith("--local_rank="):  # from deepspeed's launcher, which also sets LOCAL_RANK
         argv = argv[1:]
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         if argv and argv[0] in OWN_PARSER:
             return getattr(importlib.import_module(COMMANDS[argv[0]][0]), OWN_PARSER[argv[0]])(argv[1:])
@@ -53,15 +55,21 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"abc-rlhf: error: {error}", file=sys.stderr)
         return 2
-    except (NotFinite, WorkerDied) as error:
+    except (CannotWrite, NotFinite, WorkerDied) as error:
         print(f"abc-rlhf: stopped: {error}", file=sys.stderr)
         return 1
     except CreditError as error:
         print(f"abc-rlhf: stopped, because credit would be lost: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("abc-rlhf: stopped", file=sys.stderr)
-        return 130
+        return getattr(error, "status", 130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
 
 
 def _run(argv: list[str]) -> int:

@@ -13,5 +13,15 @@ class NotFinite(CreditError):
     """A loss, value, reward or coefficient is NaN or infinite: whatever is trained on it is lost."""
 
 
+class CannotWrite(RuntimeError):
+    """A file of the run cannot be written; the message names it, the cause and what is kept."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which schedulers end a job: the same as Ctrl-C, with an exit status of its own."""
+
+    status = 143
+
+
 class WorkerDied(RuntimeError):
     """A process of a Ray cluster is gone; the message says how to go on."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import signal
 from argparse import Namespace
 
 from abc_plugin.config import add_flags, split_flags
 from abc_plugin.credit import methods
-from abc_plugin.errors import CreditError, UserError, WorkerDied
+from abc_plugin.errors import CreditError, Terminated, UserError, WorkerDied
 from abc_plugin.host.arguments import parse, settings_of
 from abc_plugin.host.imports import import_cluster_host
 from abc_plugin.output_directory import claimed
@@ -63,6 +64,11 @@ def _train(args: Namespace) -> int:
         importlib.import_module("openrlhf.cli.train_ppo_ray").train(args)
     except (ray.exceptions.RayTaskError, ray.exceptions.RayActorError) as error:
         raise _cause(error) from error
+    except SystemExit as error:  # what Ray makes of a SIGTERM
+        if error.code not in (signal.SIGTERM, Terminated.status):
+            raise
+        print(f"abc-rlhf ray: stopped; checkpoints, if any, are in {args.ckpt.path}: --ckpt.load_enable goes on")
+        raise Terminated from None
     print(f"done: policy in {args.ckpt.output_dir}")
     return 0
 

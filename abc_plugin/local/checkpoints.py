@@ -38,6 +38,7 @@ class Checkpoints:
     settings: every setting by its flag.  ranks: number of processes.  manifest: that of the checkpoint which the run
     resumes from, empty when it starts anew.  load: whether the run was told to resume, so that there may be traces of
     it.  started: when the run began, the time between its processes left out.
+    saved: directories of the models that it has saved.
     """
 
     root: Path
@@ -46,6 +47,7 @@ class Checkpoints:
     manifest: dict[str, Any] = field(default_factory=dict, repr=False)
     load: bool = False
     started: float = field(default_factory=time.time)
+    saved: list[str] = field(default_factory=list)
 
     @property
     def step(self) -> int:
@@ -74,11 +76,14 @@ class Checkpoints:
         return run_name
 
     def description(self) -> str:
-        """What a stopped run can resume from, for people."""
+        """What is kept of a stopped run, and how it goes on, for people."""
         steps = ", ".join(map(str, sorted(self.steps())))
+        models = f"saved: {', '.join(self.saved)}; " if self.saved else ""
         if not steps:
-            return "no checkpoint was complete (--ckpt.save_steps sets how often one is saved)"
-        return f"checkpoints kept: step {steps} in {self.root}; the same command with --ckpt.load_enable goes on"
+            return f"{models}no checkpoint was complete (--ckpt.save_steps sets how often one is saved)"
+        return (
+            f"{models}checkpoints kept: step {steps} in {self.root}; the same command with --ckpt.load_enable goes on"
+        )
 
     def _manifest(self, step: int) -> Path:
         return self.directory(step) / "manifest.json"

@@ -6,13 +6,16 @@ import contextlib
 import importlib
 import json
 import logging
+import os
+import shutil
+import signal
 import sys
 import time
 import traceback
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 from unittest import mock
 
 import torch
@@ -21,14 +24,17 @@ from openrlhf.cli import train_ppo_ray
 from tqdm import tqdm
 
 from abc_plugin import output_directory
+from abc_plugin.attention.model_files import read_headers
 from abc_plugin.credit.methods import policy_need
+from abc_plugin.errors import CannotWrite, Terminated, UserError
 from abc_plugin.host import checks
 from abc_plugin.host.arguments import settings_of
 from abc_plugin.host.prompts import check_rollouts
 from abc_plugin.host.worker import CreditPolicyModel, CreditRewardModel, RestoredCritic
 from abc_plugin.local import frozen, local_checks, lora, ranks
 from abc_plugin.local.checkpoints import prepare, saves
-from abc_plugin.local.in_process import IN_PROCESS_RAY, InProcessClass, InProcessGroup
+from abc_plugin.local.in_process import IN_PROCESS_RAY, InProcessClass, InProcessGroup, writing
+from abc_plugin.local.ranks import TERMINATION
 from abc_plugin.local.trainer import LocalPPOTrainer, local_strategy, timing_sentence
 
 
@@ -38,6 +44,7 @@ def run(args: Namespace, ignored: list[str]) -> int:
     settings = settings_of(args, data[args.data.input_key])
     first = ranks.current_rank().index == 0
     with output_directory.claimed(args, settings) if first else contextlib.nullcontext():
+        _check_space(args)
         args.checkpoints = prepare(args, settings)
         if ignored:
             print(f"abc-rlhf local: no cluster, so these are ignored: {' '.join(ignored)}")
@@ -52,6 +59,18 @@ def run(args: Namespace, ignored: list[str]) -> int:
         print(f"abc-rlhf local: {len(data)} prompts, reward shaping {shaping.method}{dense}, {device}")
         checks.announce(args, shaping)
         return _train(args)
+
+
+def _check_space(args: Namespace) -> None:
+    """The trained policy fits on the output's disk as it is now. Raises UserError."""
+    path, output = args.actor.model_name_or_path, args.ckpt.output_dir
+    size = 4 if args.ds.param_dtype == "fp32" else 2
+    need = size * sum(tensor.numel() for tensor in read_headers("--actor.model_name_or_path", path).values())
+    if not args.ds.lora.rank and os.path.isdir(output) and (free := shutil.disk_usage(output).free) < need:
+        raise UserError(
+            f"--ckpt.output_dir {output} has {free / 2**30:.2f} GiB left on its disk, and the trained policy alone "
+            f"needs {need / 2**30:.2f}; make room, or give another directory"
+        )
 
 
 def _fast_bf16() -> bool:
@@ -81,21 +100,49 @@ def _train(args: Namespace) -> int:
     print(f"abc-rlhf local: loading models; details in {log_file}", flush=True)
     if rank:  # one writer
         args.logger.tensorboard_dir = args.logger.wandb.key = None
-    with open(log_file, "a", buffering=1, encoding="utf-8") as log:
+    TERMINATION.waits = False
+    signal.signal(signal.SIGTERM, TERMINATION)
+    with contextlib.closing(Log(log_file)) as log:
         try:
-            with _output_to(log), _host_in_this_process(args), ranks.process_group():
+            with _output_to(log), _host_in_this_process(args), ranks.process_group(), writing(output):
                 train_ppo_ray.train(args)
-        except KeyboardInterrupt:
-            print(f"\nabc-rlhf local: stopped; {args.checkpoints.description()}")
-            return 130
-        except Exception:
+            if rank == 0:
+                with writing(output):
+                    _summarise(args, output)
+            return 0
+        except BaseException as error:
             traceback.print_exc(file=log)
+            if isinstance(error, CannotWrite):
+                raise CannotWrite(f"{error}; {args.checkpoints.description()}") from error
+            if isinstance(error, KeyboardInterrupt) or TERMINATION.requested:  # a rank that ends takes others along
+                print(f"\nabc-rlhf local: stopped; {args.checkpoints.description()}")
+                return Terminated.status if TERMINATION.requested else getattr(error, "status", 130)
             if ranks.reports_errors():
                 print(f"\nabc-rlhf local: failed; the log is {log_file}", file=sys.stderr)
             raise
-    if rank == 0:
-        _summarise(args, output)
-    return 0
+
+
+class Log:
+    """A run's log. Lines that a full disk does not take are lost, and the run goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.file.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
 @contextlib.contextmanager
@@ -133,7 +180,7 @@ def _no_bar(*args: object, **kwargs: object) -> tqdm:
 
 
 @contextlib.contextmanager
-def _output_to(log: TextIO) -> Iterator[None]:
+def _output_to(log: Log) -> Iterator[None]:
     """Send what OpenRLHF, DeepSpeed and transformers print and log to the run's log; the terminal keeps our bar."""
     terminal = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
     loggers = [logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)]

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from abc_plugin.errors import UserError
+from abc_plugin.errors import Terminated, UserError
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by every launcher
 GRACE = 60  # seconds that a failed rank leaves the launcher to end it, once another rank has reported an error
@@ -100,6 +100,29 @@ def _leave() -> None:
     _object_group.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class Termination:
+    """What a SIGTERM does while a run trains: ends it at once, or where it ``waits`` once the caller has looked.
+
+    A run that saves checkpoints waits for the end of its step and saves one more, any run for its last files.
+    """
+
+    def __init__(self) -> None:
+        self.waits = self.requested = False
+
+    def __call__(self, *_: object) -> None:
+        """The signal's handler; a second signal is not waited for."""
+        if not self.waits or self.requested:
+            raise Terminated
+        self.requested = True
+
+    def due(self) -> bool:
+        """Whether one of the ranks, which all call this, was told to end."""
+        return self.waits and any(gather(self.requested))
+
+
+TERMINATION = Termination()
 
 
 def gather(value: Any) -> list[Any]:

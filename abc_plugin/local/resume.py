@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import math
 import random
+import shutil
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,14 +20,33 @@ import torch
 from openrlhf.trainer.ppo_utils.experience import Experience
 from peft import PeftModel
 
-from abc_plugin.errors import UserError
-from abc_plugin.local.ranks import current_rank, gather
+from abc_plugin.errors import Terminated, UserError
+from abc_plugin.local.in_process import writing
+from abc_plugin.local.ranks import TERMINATION, current_rank, gather
 
 GRAD_NORM = "_global_grad_norm"  # the engine's attribute that DeepSpeed's checkpoints lack
 
 
 class ResumableStrategy:
-    """Mixed into the host's strategy: deletes no checkpoint before the next is complete, loads only complete ones."""
+    """Mixed into the host's strategy: deletes no checkpoint before the next is complete, loads only complete ones.
+
+    A saved model, too, takes its place only once it is whole.
+    """
+
+    def save_model(self, model: torch.nn.Module, tokenizer: Any, output_dir: str, **kwargs: Any) -> None:
+        """Host signature. Raises CannotWrite; then nothing half-written is left, nor what was there replaced."""
+        output, part = Path(output_dir), Path(output_dir) / ".part"
+        try:
+            with writing(output):
+                super().save_model(model, tokenizer, str(part), **kwargs)
+                for path in part.iterdir() if self.is_rank_0() else ():
+                    if path.is_dir():
+                        shutil.rmtree(output / path.name, ignore_errors=True)
+                    path.replace(output / path.name)
+        finally:
+            if self.is_rank_0():
+                shutil.rmtree(part, ignore_errors=True)
+        self.args.checkpoints.saved.append(output_dir)
 
     def save_ckpt(
         self,
@@ -68,6 +89,17 @@ class ResumableTrainer:
     def save_logs_and_checkpoints(
         self, global_step: int, logs_dict: dict | None = None, client_states: dict | None = None
     ) -> None:
+        """The host's, with a checkpoint also where a SIGTERM waits for one. Raises Terminated after that."""
+        options, ends = self.args.ckpt, TERMINATION.due()
+        with (
+            mock.patch.object(options, "save_steps", 1 if ends else options.save_steps),
+            writing(self.args.checkpoints.root),
+        ):
+            self._save(global_step, logs_dict, client_states)
+        if ends:
+            raise Terminated
+
+    def _save(self, global_step: int, logs_dict: dict | None, client_states: dict | None) -> None:
         """The host's; afterwards the checkpoint is declared complete, and only then are older ones removed."""
         options, checkpoints = self.args.ckpt, self.args.checkpoints
         if global_step % options.save_steps or options.disable_ds:

@@ -17,7 +17,7 @@ from abc_plugin.host.install import undecorated
 from abc_plugin.host.trainers import WithCredit
 from abc_plugin.local.frozen import FrozenStrategy
 from abc_plugin.local.lora import AdapterStrategy
-from abc_plugin.local.ranks import current_rank
+from abc_plugin.local.ranks import TERMINATION, current_rank
 from abc_plugin.local.resume import ResumableStrategy, ResumableTrainer
 from abc_plugin.local.rollout import TransformersSamplesGenerator
 
@@ -34,7 +34,7 @@ TIMED = {
 }
 
 
-class LocalStrategy(AdapterStrategy, FrozenStrategy, ResumableStrategy, DeepspeedStrategy):
+class LocalStrategy(ResumableStrategy, AdapterStrategy, FrozenStrategy, DeepspeedStrategy):
     """The host's strategy; its Adam is PyTorch's, which needs no compiler."""
 
     def get_ds_train_config(self, optim_dict: dict | None = None, **kwargs: object) -> dict:
@@ -81,6 +81,7 @@ class LocalPPOTrainer(ResumableTrainer, WithCredit, undecorated(ppo_trainer.PPOT
         total = self.args.train.num_episodes * per_episode
         done = self.args.checkpoints.step
         bar = {"desc": "PPO", "unit": "step", "file": sys.__stderr__, "disable": current_rank().index > 0}
+        TERMINATION.waits = math.isfinite(self.args.ckpt.save_steps) and not self.args.ckpt.disable_ds
         with tqdm(total=total, initial=done, **bar) as self.bar:
             super().fit(global_step)
         first, last = self.history[:WINDOW], self.history[-WINDOW:]

@@ -2,17 +2,20 @@
 
 import json
 import re
+import shutil
 import signal
 
 import pytest
 import torch
 from conftest import as_words, local_flags, run_python
 from local_runs import scalars, summary, untimed, weights
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from abc_plugin.cli import main
 from abc_plugin.report.records import read_records
 
+AGAIN = {"ckpt.save_steps": 2, "ds.param_dtype": "fp32", "ckpt.load_enable": True}
 RUNS = {"none": {}, "beta0": {"reward_shaping": "abc", "shaping.beta": 0}}
 WITHOUT_RAY = "import sys; sys.modules['ray'] = None; from abc_plugin.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -116,6 +119,50 @@ def test_interrupt_keeps_the_checkpoints_and_resume_goes_on(tiny, local_runs, tm
     changes = {"train.num_episodes": step // 3 + 1, "reward_shaping": "uniform", "ckpt.load_enable": True}
     said = local_runs.done(local_flags(tiny, tmp_path, **changes))
     assert f"done: {(step // 3 + 1) * 3} steps ({step} of them before the checkpoint)" in said
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_scheduler_that_ends_the_job_gets_a_checkpoint_first(tiny, local_runs, tmp_path, saves):
+    changes = {"ckpt.save_steps": 1000 if saves else -1, "train.num_episodes": 50}
+    recorded = tmp_path / "completions.jsonl"  # in the first step
+    status, said = local_runs.run(local_flags(tiny, tmp_path, **changes), end=(recorded, 0, signal.SIGTERM))
+    assert status == 143, said[-2000:]
+    if not saves:
+        assert "stopped; no checkpoint was complete" in said
+        return
+    [step] = [
+        int(path.parent.name.removeprefix("global_step")) for path in tmp_path.glob("*/complete/*/manifest.json")
+    ]
+    assert f"stopped; checkpoints kept: step {step} in {tmp_path}/checkpoints; the same command" in said
+    again = changes | {"ckpt.load_enable": True, "train.num_episodes": 1}
+    assert (
+        f"({step} of them before the checkpoint)" in local_runs.done(local_flags(tiny, tmp_path, **again)) or step > 3
+    )
+
+
+def test_a_full_disk_ends_in_one_line_that_says_what_is_kept(tiny, local_runs, tmp_path):
+    flags = local_flags(tiny, tmp_path, **{"ckpt.save_steps": 2, "ds.param_dtype": "fp32"})
+    status, said = local_runs.run(flags, variant=("full_disk", 3))
+    assert status == 1
+    [line] = [line for line in said.splitlines() if "cannot be written" in line]
+    assert line.startswith(f"abc-rlhf: stopped: {tmp_path}")
+    assert (
+        f"checkpoints kept: step 2 in {tmp_path}/checkpoints; the same command with --ckpt.load_enable goes on" in line
+    )
+    assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / ".part").exists()
+    assert "done: 3 steps" in local_runs.done(local_flags(tiny, tmp_path, **AGAIN))
+
+
+def test_an_infinite_weight_of_the_critic_ends_the_run_by_name(tiny, local_runs, tmp_path):
+    critic = shutil.copytree(tiny / "reward_model", tmp_path / "critic")
+    weights = load_file(critic / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.inf
+    save_file(weights, critic / "model.safetensors", {"format": "pt"})
+    out = tmp_path / "out"
+    status, said = local_runs.run(local_flags(tiny, out, **{"critic.model_name_or_path": critic}))
+    assert status == 1
+    assert "abc-rlhf: stopped: a value by the critic of sample 0 is NaN or infinite" in said
+    assert not (out / "model.safetensors").exists()
 
 
 def test_the_algorithms_of_the_host_run_with_credit(tiny, local_runs, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -58,6 +59,22 @@ def two_ranks(out: str) -> int:
 def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
+
+
+def full_disk(step: int) -> None:
+    """From this step on no file grows, of the models and the log."""
+    from abc_plugin.local.trainer import LocalPPOTrainer
+
+    train_step = LocalPPOTrainer.train_step
+
+    def then_full(self: object, samples: list, global_step: int) -> tuple[dict, int]:
+        status = train_step(self, samples, global_step)
+        if status[1] == step:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        return status
+
+    LocalPPOTrainer.train_step = then_full
 
 
 def killed_within_a_file(step: int) -> None:

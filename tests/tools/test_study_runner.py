@@ -248,7 +248,7 @@ def test_two_studies_do_not_share_a_directory(tmp_path, monkeypatch, capsys):
     call.until(lambda: call.running())
     assert cli.main(["study", "plan.yaml", "--out", "out"]) == 2
     assert f"out: a study is running there (process {call.process.pid})" in capsys.readouterr().err
-    assert call.ended(signal.SIGTERM) == 130
+    assert call.ended(signal.SIGTERM) == 143
     assert not any(alive(pid) for _, pid in call.running())
 
 

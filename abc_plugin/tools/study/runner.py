@@ -95,7 +95,6 @@ class _Session:
             f"{self.study.root}, each with its {LOG}",
             flush=True,
         )
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runs as Ctrl-C does
         try:
             while waiting or self.active:
                 while waiting and free:
@@ -105,10 +104,10 @@ class _Session:
                     self.active.remove(active)
                     free.append(active.slot)
                     self._ended(active)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             self._end_all(signal.SIGINT)
             print(f"\nstudy: stopped; {self._summary()}; the same command goes on:\n  {_this_command()}")
-            return 130
+            return getattr(error, "status", 130)
         finally:
             self._end_all(signal.SIGKILL)
         took = timedelta(seconds=round(time.monotonic() - begun))

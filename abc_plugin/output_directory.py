@@ -106,6 +106,20 @@ def refuse_models(directories: Sequence[str | Path], models: Mapping[str, str]) 
             raise UserError(f"--ckpt.output_dir: the run would overwrite {flag} {path}; give another directory")
 
 
+def check_file(flag: str, path: Path, source: str = "") -> None:
+    """The file can be written later, and is not ``source``, which is read. Raises UserError."""
+    if source and path.resolve() == Path(source).expanduser().resolve():
+        raise UserError(f"{flag} {path} is what is read: it would be overwritten; give another file")
+    try:
+        new = not path.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        open(path, "a").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror}") from None
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that after a kill it is there as a whole or not at all."""
     part = path.with_suffix(".part")

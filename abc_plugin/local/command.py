@@ -45,13 +45,14 @@ def evaluate(argv: list[str]) -> int:
     from abc_plugin.host.prompts import read_data
     from abc_plugin.local import local_checks, ranks
     from abc_plugin.local.evaluate import evaluate as sample
+    from abc_plugin.output_directory import check_file
 
     local_checks.check_supported(args)
     ranks.refuse_several("evaluate")
+    check_file("--out", own.out, args.data.prompt_dataset)
     data = read_data(args)
     check_models(args, args.shaping, data)
     samples = sample(args, data)
-    own.out.parent.mkdir(parents=True, exist_ok=True)
     own.out.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in samples), encoding="utf-8")
     rewards = [line["reward"] for line in samples]
     error = statistics.stdev(rewards) / len(rewards) ** 0.5 if len(rewards) > 1 else float("nan")

@@ -235,6 +235,8 @@ def _embedding_rows(policy: ModelTokenizer, reward_model: ModelTokenizer) -> Jud
     if theirs is None:
         return None
     top = max(policy.vocabulary.values())
+    if ours is not None and top >= ours:
+        return INCOMPATIBLE, f"the policy's id {policy.name(top)} has no row in its own embedding of {ours}"
     if top >= theirs:
         words = f"the policy's id {policy.name(top)} has no row in the reward model's embedding of {theirs}"
         return INCOMPATIBLE, words

@@ -91,6 +91,15 @@ def test_prompts_that_lose_their_front_are_counted_and_empty_ones_refused(tiny, 
             check(**{"data.max_len": 12} | template)
 
 
+def test_samples_are_not_written_over_the_prompts_nor_where_nothing_can_be(tiny, tmp_path, capsys):
+    for out, says in (
+        (tiny / "prompts.jsonl", "is what is read: it would be overwritten"),
+        (tiny / "prompts.jsonl" / "x", "cannot be written: "),
+    ):
+        assert cli.main(["evaluate", *local_flags(tiny, tmp_path), "--out", str(out)]) == 2
+        assert f"--out {out} {says}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flag", "value"),
     [

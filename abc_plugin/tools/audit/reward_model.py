@@ -15,7 +15,7 @@ from abc_plugin.attention import attach
 from abc_plugin.attention.layers import attention_layers
 from abc_plugin.attention.readers import attach_readers, record, rows
 from abc_plugin.attention.scalar_head import FLAG, load_reward_model
-from abc_plugin.errors import CreditError, UserError
+from abc_plugin.errors import CreditError, NotFinite, UserError
 
 TOKENS = {"cpu": 4096, "cuda": 2**18}  # padded tokens of a forward to begin with; halved where memory runs out
 
@@ -110,7 +110,12 @@ class RewardModel:
     def _forward(self, sequences: list[list[int]]) -> list[float]:
         mask_BS = pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids in sequences], batch_first=True)
         ids_BS = pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True)
-        return self.model(ids_BS.to(self.device), mask_BS.to(self.device)).float().tolist()
+        score_B = self.model(ids_BS.to(self.device), mask_BS.to(self.device)).float()
+        if not score_B.isfinite().all():
+            raise NotFinite(
+                f"{FLAG}: a score is NaN or infinite, of the tokens {sequences[0][:8]}… or a text beside it"
+            )
+        return score_B.tolist()
 
     def explain(self, ids: list[int]) -> Explanation:
         """Score, evidence, and every layer's and head's row of one sequence."""

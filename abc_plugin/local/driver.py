@@ -40,25 +40,28 @@ from abc_plugin.local.trainer import LocalPPOTrainer, local_strategy, timing_sen
 
 def run(args: Namespace, ignored: list[str]) -> int:
     """Check everything, then train; returns the exit status. Raises UserError for what a check refuses."""
-    data, shaping = check(args), args.shaping
+    data = check(args)
     settings = settings_of(args, data[args.data.input_key])
     first = ranks.current_rank().index == 0
     with output_directory.claimed(args, settings) if first else contextlib.nullcontext():
         _check_space(args)
         args.checkpoints = prepare(args, settings)
-        if ignored:
-            print(f"abc-rlhf local: no cluster, so these are ignored: {' '.join(ignored)}")
-        device = f"CPU, {torch.get_num_threads()} threads"
-        if torch.cuda.is_available():
-            device = torch.cuda.get_device_name()
-        if (count := ranks.current_rank().count) > 1:
-            device = f"{count} ranks with ZeRO-{args.ds.zero_stage}, each on {device}"
-        if args.ds.param_dtype == "bf16" and not (torch.cuda.is_available() or _fast_bf16()):
-            print("abc-rlhf local: this CPU has no fast bf16: --ds.param_dtype fp32 would be many times faster")
-        dense = f", beta {shaping.beta:g}" if shaping.dense else ""
-        print(f"abc-rlhf local: {len(data)} prompts, reward shaping {shaping.method}{dense}, {device}")
-        checks.announce(args, shaping)
+        _announce(args, len(data), ignored)
         return _train(args)
+
+
+def _announce(args: Namespace, prompts: int, ignored: list[str]) -> None:
+    shaping = args.shaping
+    if ignored:
+        print(f"abc-rlhf local: no cluster, so these are ignored: {' '.join(ignored)}")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    if (count := ranks.current_rank().count) > 1:
+        device = f"{count} ranks with ZeRO-{args.ds.zero_stage}, each on {device}"
+    if args.ds.param_dtype == "bf16" and not (torch.cuda.is_available() or _fast_bf16()):
+        print("abc-rlhf local: this CPU has no fast bf16: --ds.param_dtype fp32 would be many times faster")
+    dense = f", beta {shaping.beta:g}" if shaping.dense else ""
+    print(f"abc-rlhf local: {prompts} prompts, reward shaping {shaping.method}{dense}, {device}")
+    checks.announce(args, shaping)
 
 
 def _check_space(args: Namespace) -> None:

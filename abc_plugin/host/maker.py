@@ -83,6 +83,7 @@ class CreditExperienceMaker(RemoteExperienceMaker):
             need: {i: one.info.pop(key) for i, one in enumerate(rollout_samples) if key in one.info}
             for need, key in SPANS.items()
         }
+        _check_logs(rollout_samples)
         experiences = super().make_experience_batch(rollout_samples)
         for experience in experiences:
             for name, what in TRAINED_ON.items():
@@ -344,6 +345,16 @@ def _check_rewards(samples: Sequence[Experience], *, from_rollout: bool) -> None
             )
         elif not torch.isfinite(sample.rewards).all():
             raise NotFinite(f"{where} has the reward {sample.rewards.item()}: nothing was trained on it")
+
+
+def _check_logs(samples: Sequence[Experience]) -> None:
+    """Raises CreditError where not all have the same extra_logs: the host would give some the numbers of others."""
+    for index, sample in enumerate(samples):
+        if others := samples[0].info.keys() ^ sample.info.keys():
+            raise CreditError(
+                f"samples 0 and {index} (prompt {str(sample.prompts[0])[:60]!r}) have not the same extra_logs: "
+                f"{', '.join(sorted(others))} came with one of them only; send every name with every reply"
+            )
 
 
 def _check_finite(what: str, value: Tensor, experience: Experience) -> None:

@@ -5,11 +5,34 @@ from __future__ import annotations
 import math
 
 from openrlhf.trainer import ppo_trainer, ppo_trainer_async
+from openrlhf.trainer.ppo_utils.experience import Experience
+from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 
 from abc_plugin.errors import NotFinite
 from abc_plugin.host.install import undecorated
 from abc_plugin.host.maker import CreditExperienceMaker
 from abc_plugin.host.recorder import Recorder
+from abc_plugin.text.remote_credit import check_reply
+
+
+class CheckedReplies(SamplesGenerator):
+    """The host's samples generator, which names what is wrong with a reply of a reward function, server or agent."""
+
+    def __init__(self, host_generator: SamplesGenerator) -> None:
+        vars(self).update(vars(host_generator))
+
+    def _process_response_into_experience(self, response: dict, **generate_kwargs: object) -> Experience:
+        """Host signature. Raises CreditError as ``check_reply``."""
+        check_reply(response)
+        return super()._process_response_into_experience(response, **generate_kwargs)
+
+
+class WithCheckedReplies:
+    """Mixed into what generates samples: the host's synchronous trainer, and the asynchronous one's other half."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.samples_generator = CheckedReplies(self.samples_generator)
 
 
 class WithCredit:
@@ -34,7 +57,7 @@ class WithCredit:
         return status, step
 
 
-class CreditPPOTrainer(WithCredit, undecorated(ppo_trainer.PPOTrainer)):
+class CreditPPOTrainer(WithCheckedReplies, WithCredit, undecorated(ppo_trainer.PPOTrainer)):
     """The synchronous trainer."""
 
 
@@ -42,8 +65,12 @@ class CreditTrainingActor(WithCredit, undecorated(ppo_trainer_async.TrainingActo
     """The training half of the asynchronous trainer."""
 
 
+class CheckedSamplesActor(WithCheckedReplies, undecorated(ppo_trainer_async.GenerateSamplesActor)):
+    """The generating half of the asynchronous trainer."""
+
+
 class CreditPPOTrainerAsync(undecorated(ppo_trainer_async.PPOTrainerAsync)):
-    """The asynchronous trainer; it makes its training half in its own process, where the name is rebound again."""
+    """The asynchronous trainer; it makes its halves in its own process, where the names are rebound again."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         from abc_plugin.host.install import install

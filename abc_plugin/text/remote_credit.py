@@ -14,6 +14,8 @@ text, too (its step() sees one without end tokens), and the host keeps the extra
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,27 @@ from abc_plugin.errors import CreditError
 from abc_plugin.text.spans import spread, token_spans
 
 SPANS = {"attention": "credit_spans", "contribution": "contribution_spans"}  # by the need that they answer
+
+
+def check_reply(reply: dict[str, Any]) -> None:
+    """Refuse what the host cannot make a tensor of. ``reply``: what an executor returns for one sample.
+
+    Raises CreditError naming the sample by its prompt, the key, what came and what was expected.
+    """
+    where = f"the reply to the sample of the prompt {str(reply['prompt'])[:60]!r}"
+    logs = reply.get("extra_logs", {})
+    if not isinstance(logs, dict):
+        raise CreditError(f"{where}: extra_logs is {str(logs)[:80]!r}, expected a dict of names and numbers")
+    given = {key: reply[key] for key in ("reward", "scores") if reply.get(key) is not None}
+    for key, value in (given | {f"extra_logs[{key!r}]": value for key, value in logs.items()}).items():
+        spans = any(repr(name) in key for name in SPANS.values())
+        expected = "[[start, end, value], ...], three numbers each" if spans else "a number"
+        try:
+            size = torch.tensor([value]).numel()
+        except (TypeError, ValueError, RuntimeError):
+            size = 0
+        if not size and not (spans and value == []):
+            raise CreditError(f"{where}: {key} is {str(value)[:80]!r}, expected {expected}")
 
 
 def token_row(need: str, spans: Tensor, sequence_S: Tensor, tokenizer: object, where: str) -> tuple[Tensor, float]:

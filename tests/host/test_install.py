@@ -54,13 +54,14 @@ def test_exactly_these_names_are_rebound():
         ("trainer.ray.ppo_critic", "CriticModelActor"),
         ("cli.train_ppo_ray", "CriticModelActor"),
         ("trainer.ppo_trainer", "PPOTrainer"),
+        ("trainer.ppo_trainer_async", "GenerateSamplesActor"),
         ("trainer.ppo_trainer_async", "TrainingActor"),
         ("trainer.ppo_trainer_async", "PPOTrainerAsync"),
         ("utils.utils", "get_strategy"),
         ("utils", "get_strategy"),
         ("cli.train_ppo_ray", "get_strategy"),
     }
-    assert len(lines) == 6 and "RewardModelActor -> abc_plugin.host.worker.CreditRewardModel" in lines[0]
+    assert len(lines) == 7 and "RewardModelActor -> abc_plugin.host.worker.CreditRewardModel" in lines[0]
 
 
 def test_installing_twice_is_installing_once_and_uninstalling_twice_is_nothing():

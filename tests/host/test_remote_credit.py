@@ -1,5 +1,8 @@
 """Rewards that come with the rollout: what is refused, and credit sent as spans of text."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -15,6 +18,7 @@ from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator  # noq
 from test_maker import flags, make  # noqa: E402
 
 from abc_plugin.host.maker import CreditExperienceMaker  # noqa: E402
+from abc_plugin.host.trainers import CheckedReplies  # noqa: E402
 from abc_plugin.text import remote_credit  # noqa: E402
 
 PROMPT, RESPONSE = "The film was", " naïve 🎬 good"
@@ -25,10 +29,10 @@ def tokenizer(tiny):
     return AutoTokenizer.from_pretrained(tiny / "policy")
 
 
-def rollout(tokenizer, reward=1.0, **extra_logs):
-    """One sample as the host's own generator makes it from what an executor returns."""
+def answer(tokenizer, reward=1.0, **extra_logs):
+    """What an executor of the host returns."""
     prompt, response = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (PROMPT, RESPONSE))
-    answer = {
+    return {
         "prompt": PROMPT,
         "label": "",
         "images": None,
@@ -39,7 +43,13 @@ def rollout(tokenizer, reward=1.0, **extra_logs):
         "scores": reward,
         "extra_logs": extra_logs,
     }
-    return SamplesGenerator._process_response_into_experience(None, answer, max_len=64)
+
+
+def rollout(tokenizer, reward=1.0, **extra_logs):
+    """One sample as the host's own generator makes it from what an executor returns."""
+    return SamplesGenerator._process_response_into_experience(
+        None, answer(tokenizer, reward, **extra_logs), max_len=64
+    )
 
 
 def spans(*weights):
@@ -142,6 +152,34 @@ def test_contributions_that_are_missing_or_do_not_fit_end_the_run(tokenizer, mon
     )
     with pytest.raises(CreditError, match=f"(?i){message}"):
         maker(tokenizer, monkeypatch, ShapingConfig("abc_signed")).make_experience_batch(samples)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"extra_logs": {"note": "good"}}, "extra_logs['note'] is 'good', expected a number"),
+        ({"extra_logs": {"length": None}}, "extra_logs['length'] is 'None', expected a number"),
+        ({"extra_logs": {"credit_spans": [[0, 3, 1.0], [3, 5]]}}, "extra_logs['credit_spans'] is '[[0, 3, 1.0], [3"),
+        ({"extra_logs": {"contribution_spans": [[0, 3, None]]}}, "expected [[start, end, value], ...]"),
+        ({"extra_logs": {"credit_spans": "[[0, 3, 1.0]]"}}, "expected [[start, end, value], ...]"),
+        ({"extra_logs": [1.0]}, "extra_logs is '[1.0]', expected a dict"),
+        ({"reward": "1.5"}, "reward is '1.5', expected a number"),
+        ({"scores": [[1.0], []]}, "scores is '[[1.0], []]', expected a number"),
+        ({"extra_logs": {"parts": []}}, "extra_logs['parts'] is '[]', expected a number"),
+    ],
+)
+def test_a_reply_that_is_no_number_is_named_with_its_sample(tokenizer, changes, message):
+    generator = CheckedReplies(SimpleNamespace())
+    assert generator._process_response_into_experience(answer(tokenizer, good=True), max_len=64).info["good"].all()
+    with pytest.raises(CreditError, match=re.escape(f"prompt {PROMPT!r}: ") + ".*" + re.escape(message)):
+        generator._process_response_into_experience(answer(tokenizer) | changes, max_len=64)
+
+
+def test_extra_logs_of_some_samples_only_are_named(tokenizer, monkeypatch):
+    samples = [rollout(tokenizer, credit_spans=spans(1.0, 1.0, 1.0), score=1.0) for _ in range(8)]
+    del samples[3].info["score"]
+    with pytest.raises(CreditError, match="samples 0 and 3 .* have not the same extra_logs: score came"):
+        maker(tokenizer, monkeypatch).make_experience_batch(samples)
 
 
 def test_a_reward_without_credit_ends_the_run_but_uniform_needs_none(tokenizer, monkeypatch):

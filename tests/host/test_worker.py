@@ -1,6 +1,7 @@
 """The worker's row on OpenRLHF's own reward model."""
 
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from abc_plugin.config import ShapingConfig
-from abc_plugin.errors import CreditError
+from abc_plugin.errors import CreditError, NotFinite
 from abc_plugin.host.imports import import_host
 
 import_host()
@@ -20,6 +21,7 @@ from openrlhf.trainer.ray.launcher import BaseModelActor, RewardModelActor  # no
 from abc_plugin.attention.matrix import rerun_eager_row  # noqa: E402
 from abc_plugin.host.arguments import parse  # noqa: E402
 from abc_plugin.host.install import undecorated  # noqa: E402
+from abc_plugin.host.trainers import WithCredit  # noqa: E402
 from abc_plugin.host.worker import CreditRewardModel  # noqa: E402
 from abc_plugin.local.lora import plain_weight, quantised_layers  # noqa: E402
 
@@ -196,3 +198,27 @@ def test_a_subset_of_heads_is_read(tiny, monkeypatch, batch):
 def test_undecorated_finds_the_class_behind_ray():
     assert undecorated(RewardModelActor) is RewardModelActor.__ray_metadata__.modified_class
     assert undecorated(BaseModelActor) is BaseModelActor
+
+
+def test_a_score_that_is_no_number_ends_the_run_whatever_the_method(tiny, monkeypatch, batch):
+    broken = worker(tiny, monkeypatch, ShapingConfig("none"))
+    broken.model.score.weight.data.fill_(torch.nan)
+    with pytest.raises(NotFinite, match="3 of 3 scores of the reward model .*/reward_model are NaN or infinite"):
+        broken.forward(*batch, pad_sequence=True)
+
+
+def test_a_metric_that_is_no_number_ends_the_run():
+    class Host:
+        def train_step(self, status, step):
+            return status, step + 1
+
+    class Trainer(WithCredit, Host):
+        def __init__(self, dtype):
+            self.args = SimpleNamespace(ds=SimpleNamespace(param_dtype=dtype))
+            self.experience_maker = SimpleNamespace(recorder=SimpleNamespace())
+
+    for status in ({"policy_loss": math.nan}, {"actor_grad_norm": math.inf}):
+        [(name, value)] = status.items()
+        with pytest.raises(NotFinite, match=f"{name} of step 3 is {value}"):
+            Trainer("bf16").train_step(status, 2)
+    assert Trainer("fp16").train_step({"actor_grad_norm": math.inf, "generated_samples": []}, 2)[1] == 3

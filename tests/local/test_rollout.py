@@ -62,7 +62,7 @@ def test_without_a_limit_of_its_own_a_response_ends_with_the_models_positions(po
     assert short["action_ranges"] == [(4, 32)] and long["action_ranges"] == [(20, 32)]
 
 
-def test_ids_that_are_no_token_are_never_drawn(policy):
+def test_ids_that_are_no_token_are_never_drawn(policy, monkeypatch):
     model, tokenizer = policy
     wide = copy.deepcopy(model)
     wide.resize_token_embeddings(49200)
@@ -71,6 +71,8 @@ def test_ids_that_are_no_token_are_never_drawn(policy):
     for temperature in (1.0, 0.0):
         drawn = generate(wide, tokenizer, PROMPTS, **OPTIONS | {"temperature": temperature})
         assert max(max(one["observation_tokens"]) for one in drawn) < 49152
+    monkeypatch.setattr(rollout, "unknown_ids", lambda *_: [])
+    assert max(max(one["observation_tokens"]) for one in generate(wide, tokenizer, PROMPTS, **OPTIONS)) >= 49152
 
 
 def test_a_policy_whose_logits_are_nan_ends_the_run(policy):

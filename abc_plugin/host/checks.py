@@ -23,6 +23,7 @@ from abc_plugin.host.arguments import reward_models
 from abc_plugin.host.prompts import check_lengths, check_rollouts, read_data, rendered
 from abc_plugin.text.check import load_tokenizer
 from abc_plugin.text.compare import ModelTokenizer, compare
+from abc_plugin.text.mapping import check_template
 from abc_plugin.text.remote_credit import SPANS
 
 FLAGS = {name: f"--{name}.model_name_or_path" for name in ("actor", "reward", "critic")}
@@ -165,6 +166,11 @@ def check_files(
         configs[critic] = scalar_head.check_files(critic, **options, flag=flags[critic], new_head=True)
     for path, flag in flags.items():
         theirs = _side(args, flag, path)
+        if shaping.reward_text == "chat" and flag == FLAGS["reward"]:
+            try:
+                check_template(theirs.tokenizer)
+            except UserError as error:
+                raise UserError(f"--shaping.reward_text chat, {flag} {path}: {error}") from None
         if differences := compare(ours, theirs, texts[:READ]).incompatibilities():
             _other_tokenizer(args, shaping, flag, path, differences)
             if shaping.tokenizer_check == "map":

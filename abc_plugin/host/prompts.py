@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,8 +53,31 @@ def read_data(args: Namespace) -> Dataset:
 
 
 def rendered(args: Namespace, rows: Iterable[dict], tokenizer: Any) -> list[str]:
-    """The prompts as the policy is given them, in the chat template or the input template."""
-    return PromptDataset(rows, tokenizer, quiet_strategy(args), input_template=args.data.input_template).prompts
+    """The prompts as the policy is given them, in the chat template or the input template.
+
+    Raises UserError where a template is missing or does not take a row, naming it.
+    """
+    template, row = args.data.input_template, 0
+    if args.data.apply_chat_template and not getattr(tokenizer, "chat_template", None):
+        raise UserError("--data.apply_chat_template: the policy's tokenizer has no chat template; save one with it")
+
+    def counted() -> Iterator[dict]:
+        nonlocal row
+        for row, fields in enumerate(rows, start=1):  # noqa: B007
+            yield fields
+
+    try:
+        return PromptDataset(counted(), tokenizer, quiet_strategy(args), input_template=template).prompts
+    except Exception as error:  # templates raise errors of their own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if template:
+            raise UserError(
+                f"--data.input_template {template!r} cannot be filled in ({type(error).__name__}: {reason}): "
+                "{} stands for the prompt; write other braces twice, {{ and }}"
+            ) from None
+        raise UserError(
+            f"--data.prompt_dataset {args.data.prompt_dataset}: the policy's chat template refuses row {row}: {reason}"
+        ) from None
 
 
 def check_lengths(args: Namespace, texts: Sequence[str], tokenizer: Any) -> None:

@@ -49,11 +49,11 @@ class OwnTokens:
         policy_path = adapter_base(args.actor.model_name_or_path) or args.actor.model_name_or_path
         policy, own = (load_tokenizer(path, use_fast=fast) for path in (policy_path, reward_model))
         other_ends = {*policy.generation_ends} - {own.tokenizer.eos_token_id}  # ids that are text to the model
-        self.needed = bool(other_ends or compare(policy, own).incompatibilities())
+        self.text = args.shaping.reward_text
+        self.needed = bool(self.text != "plain" or other_ends or compare(policy, own).incompatibilities())
         self.tokenizers, self.ends = (policy.tokenizer, own.tokenizer), policy.ends
         config = AutoConfig.from_pretrained(reward_model, trust_remote_code=True)
         self.max_length = min(own.tokenizer.model_max_length, getattr(config, "max_position_embeddings", 10**9))
-        self.text = args.shaping.reward_text
 
     def __call__(
         self, sequences_BS: Tensor, attention_mask_BS: Tensor, action_mask_BA: Tensor, prompts: list[str]

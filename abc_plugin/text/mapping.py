@@ -5,8 +5,10 @@ Legend: B sequences, S policy tokens, A = S - 1 actions (entry t is token t + 1)
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,38 +114,61 @@ def _shown_text(
     policy: Any, reward_model: Any, ids: list[int], action_S: Tensor, turns: Messages | None, ended: bool
 ) -> _ShownText:
     text, spans = token_spans(policy, ids[:-1] if ended else ids)
-    text, spans_S2, length = SURROGATE.sub("\ufffd", text), spans.numpy(), len(text)
+    text, spans_S2, high = SURROGATE.sub("\ufffd", text), spans.numpy(), len(text)
     if turns is not None and action_S.any():
         first = int(action_S.int().argmax())
-        begin = int(spans_S2[first, 0]) if first < len(spans_S2) else length
-        text, shift, low, high = _in_template(reward_model, turns, text[begin:], ended)
-        spans_S2 = np.clip(spans_S2 - begin + shift, low, high)
+        begin = int(spans_S2[first, 0]) if first < len(spans_S2) else high
+        text, stands = _in_template(reward_model, turns, text[begin:], ended)
+        low, high = stands[0], stands[-1]
+        spans_S2 = np.interp(spans_S2 - begin, np.arange(len(stands)), stands)
         spans_S2[:first] = 0.0
         spans_S2[max(first - 1, 0) : first, 1] = low  # the last prompt token stands for all before the reply
-        length = high
     if ended:
-        spans_S2 = np.append(spans_S2, [[length, len(text) + 1.0]], axis=0)
+        spans_S2 = np.append(spans_S2, [[high, len(text) + 1.0]], axis=0)
     return _ShownText(text, spans_S2, ended)
 
 
-def _in_template(reward_model: Any, turns: Messages, reply: str, ended: bool) -> tuple[str, int, int, int]:
-    """(text, shift, low, high): the reply in the template lies in [low, high), its character c at c + shift."""
-    messages = [*turns, {"role": "assistant", "content": f" {REPLY} "}]
-    try:
-        around = reward_model.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # templates raise errors of their own for turns that they do not like
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the reward model's chat template cannot be used: {reason}") from None
-    keeps = f" {REPLY} " in around  # most templates strip the reply
-    before, reply_mark, after = around.rpartition(f" {REPLY} " if keeps else REPLY)
-    if not reply_mark:
+def check_template(reward_model: Any) -> None:
+    """Raises UserError where a tokenizer has no chat template, or one that cannot show a prompt and its reply."""
+    _in_template(reward_model, [{"role": "user", "content": "a"}], "b", True)
+
+
+def _in_template(reward_model: Any, turns: Messages, reply: str, ended: bool) -> tuple[str, Floats]:
+    """(text, stands): the turns and the reply as the template writes them; the reply's character c is at stands[c].
+
+    stands: (len(reply) + 1,), not decreasing; the last is where the reply ends. Characters that the template leaves
+    out stand where the next one does.
+    """
+    before, mark, after = _rendered(reward_model, turns, f" {REPLY} ").rpartition(REPLY)
+    if not mark:
         raise UserError(
             "the reward model's chat template leaves the assistant's reply out; score it without a template"
         )
+    keeps = before.endswith(" ") and after.startswith(" ")  # most templates strip the reply
+    before, after = (before[:-1], after[1:]) if keeps else (before, after)
+    written = _rendered(reward_model, turns, reply)
+    text = written if ended else written.removesuffix(after)
+    low, high = len(os.path.commonprefix([before, written])), len(written.removesuffix(after))
     shown = reply if keeps else reply.strip()
-    stripped = 0 if keeps else len(reply) - len(reply.lstrip())
-    low = len(before)
-    return before + shown + (after if ended else ""), low - stripped, low, low + len(shown)
+    if written == before + shown + after:
+        stripped = 0 if keeps else len(reply) - len(reply.lstrip())
+        return text, np.clip(np.arange(len(reply) + 1.0) - stripped + low, low, high)
+    # A template that treats the reply, e.g. leaves its thoughts out: aligned by words.
+    ours, theirs = (re.findall(r"\w+|\s|[^\w\s]", part) for part in (reply, written[low:high]))
+    our_ends, their_ends = (np.cumsum([0, *map(len, pieces)]) for pieces in (ours, theirs))
+    stands = np.full(len(reply) + 1, float(high))
+    for at, to, size in SequenceMatcher(None, ours, theirs, autojunk=False).get_matching_blocks()[:-1]:
+        characters = np.arange(our_ends[at], our_ends[at + size])
+        stands[characters] = low + their_ends[to] + characters - our_ends[at]
+    return text, np.minimum.accumulate(stands[::-1])[::-1]
+
+
+def _rendered(reward_model: Any, turns: Messages, reply: str) -> str:
+    try:
+        return reward_model.apply_chat_template([*turns, {"role": "assistant", "content": reply}], tokenize=False)
+    except Exception as error:  # templates raise errors of their own for turns that they do not like
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the reward model's chat template cannot be used: {reason}") from None
 
 
 class _Encoder:

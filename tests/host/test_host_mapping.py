@@ -18,6 +18,7 @@ import_host()
 from test_worker import worker  # noqa: E402
 
 from abc_plugin.host.checks import check_models  # noqa: E402
+from abc_plugin.host.worker import OwnTokens  # noqa: E402
 from abc_plugin.local.local_checks import parse_for_one_process  # noqa: E402
 from abc_plugin.text import mapping  # noqa: E402
 
@@ -75,6 +76,20 @@ def test_settings_that_do_not_go_together(other, tmp_path, capsys):
         checked(words, capsys, tokenizer_check="map", reward_text="chat")
 
 
+def test_a_text_of_its_own_is_read_also_where_the_tokenizers_agree(tiny, tmp_path):
+    def needed(text):
+        shaping = ShapingConfig("abc", tokenizer_check="map", reward_text=text)
+        args, _ = parse_for_one_process(local_flags(tiny, tmp_path), shaping)
+        return OwnTokens(args, str(tiny / "reward_model")).needed
+
+    assert [needed(text) for text in ("plain", "special", "chat")] == [False, True, True]
+
+
+def test_a_reward_model_without_a_usable_chat_template_is_refused_before_it_is_loaded(other, tmp_path, capsys):
+    with pytest.raises(UserError, match="--shaping.reward_text chat, --reward.model_name_or_path .*cannot be used"):
+        checked(local_flags(other, tmp_path), capsys, tokenizer_check="map", reward_text="chat")
+
+
 def test_the_worker_scores_the_text_in_its_own_tokens(other, tmp_path, monkeypatch):
     policy, own = tokenizer_zoo.load("smollm2"), tokenizer_zoo.load("gpt2")
     extra = ["--actor.model_name_or_path", str(other / "policy")]
@@ -128,7 +143,7 @@ def test_what_the_reward_model_reads_is_as_asked(other, monkeypatch, text, speci
     self = worker(other, monkeypatch, shaping, extra=extra)
     self.forward(torch.tensor([[500, 600, 700]]), torch.ones(1, 3), action_mask=torch.ones(1, 2), prompts=["Hi"])
     turns = [[{"role": "user", "content": "Hi"}]] if text == "chat" else None
-    assert asked == {"special_tokens": special, "messages_B": turns, "max_length": 1024}
+    assert asked == {"special_tokens": special, "messages_B": turns, "max_length": 1024, "ends": (2,)}
 
 
 def test_a_run_with_mapped_credit(other, tmp_path, local_runs):

@@ -91,6 +91,38 @@ def test_prompts_that_lose_their_front_are_counted_and_empty_ones_refused(tiny, 
             check(**{"data.max_len": 12} | template)
 
 
+REFUSING = (
+    "{% for m in messages %}{% if 'x' in m.content %}{{ raise_exception('no x, please') }}{% endif %}a{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "changes", "message"),
+    [
+        (None, {"data.apply_chat_template": True}, "the policy's tokenizer has no chat template"),
+        (
+            REFUSING,
+            {"data.apply_chat_template": True},
+            "prompts.jsonl: the policy's chat template refuses row 2: no x",
+        ),
+        (
+            None,
+            {"data.input_template": "{prompt} {}"},
+            r"'\{prompt\} \{\}' cannot be filled in \(KeyError: 'prompt'\)",
+        ),
+        (None, {"data.input_template": '{"q": {}}'}, "write other braces twice, {{ and }}"),
+        (None, {"data.input_template": "{} {}"}, "cannot be filled in .IndexError"),
+    ],
+)
+def test_a_template_that_does_not_take_a_prompt_names_it(tiny, tmp_path, template, changes, message):
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "policy")
+    tokenizer.chat_template = template
+    args, _ = parse_for_one_process(local_flags(tiny, tmp_path, **changes), ShapingConfig())
+    rows = [{args.data.input_key: text, args.data.label_key: ""} for text in ("good", "x")]
+    with pytest.raises(UserError, match=message):
+        rendered(args, rows, tokenizer)
+
+
 def test_samples_are_not_written_over_the_prompts_nor_where_nothing_can_be(tiny, tmp_path, capsys):
     for out, says in (
         (tiny / "prompts.jsonl", "is what is read: it would be overwritten"),

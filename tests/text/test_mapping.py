@@ -228,6 +228,39 @@ def test_the_reward_models_own_chat_template(ended):
         assert on_response[-1].item() == pytest.approx(tail)
 
 
+ANSWER = "{% for m in messages %}[{{ m.role }}]{{ m.content.split('</think>')[-1].strip() }}[end]\n{% endfor %}"
+# As Qwen3's: the thoughts of the last reply are written again, with line feeds of its own.
+THOUGHTS = """{% for m in messages %}[{{ m.role }}]{% set parts = m.content.split('</think>') %}
+{% if parts | length > 1 %}
+<think>
+{{ parts[0].split('<think>')[-1].strip() }}
+</think>
+
+{% endif %}{{ parts[-1].lstrip('\n') }}[end]{% endfor %}"""
+
+
+@pytest.mark.parametrize(
+    ("words", "shown", "credited"),
+    [
+        (ANSWER, "[user]Hi[end]\n[assistant]Yes.[end]\n", "Yes."),
+        (THOUGHTS, "[user]Hi[end][assistant]<think>\nno yes\n</think>\n\nYes.[end]", "<think>no yes</think>Yes."),
+    ],
+)
+def test_a_template_that_treats_the_reply_is_shown_as_it_writes_it(words, shown, credited):
+    policy = load("gpt2")
+    reward_model = template("gpt2", words)
+    response = [*encode(policy, "<think>no yes</think>\n\nYes."), policy.eos_token_id]
+    sequences = batch((encode(policy, "Hi"), response))
+    mapped = map_batch(policy, reward_model, *sequences, messages_B=[[{"role": "user", "content": "Hi"}]])
+    assert reward_model.decode(mapped.input_ids_BL[0]) == shown + "<|endoftext|>"
+    out, moved = mapped.to_policy(torch.ones(mapped.input_ids_BL.shape))
+    assert out.sum().item() == pytest.approx(mapped.input_ids_BL.shape[1]) and moved.item() == 0
+    got = [
+        policy.decode(token) for token, share in zip(response[:-1], out[0, 1:-1].tolist(), strict=True) if share > 0
+    ]
+    assert "".join("".join(got).split()) == "".join(credited.split())
+
+
 def test_unusable_templates_are_refused():
     gpt2 = load("gpt2")
     sequences = batch((encode(gpt2, "a"), encode(gpt2, "b")))

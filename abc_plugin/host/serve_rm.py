@@ -89,11 +89,12 @@ class CreditServer:
         options = {"max_length": self.proxy.max_length, "truncation": True, "return_offsets_mapping": True}
         tokens = self.proxy.tokenizer(texts, add_special_tokens=False, **options)
         encoded, cut = [], []
-        for text, ids, offsets in zip(texts, tokens["input_ids"], tokens["offset_mapping"], strict=True):
+        for text, encoding in zip(texts, tokens.encodings, strict=True):
+            ids, offsets, end = encoding.ids, encoding.offsets, len(text)
             if not ids:
                 raise ValueError(f"the query {text[:60]!r} has no tokens, and so no score")
-            end = max(end for _, end in offsets)
-            cut += [text] if end < len(text) else []
+            if encoding.overflowing:
+                cut, end = [*cut, text], max(end for _, end in offsets)
             encoded.append(Text(ids, piece_spans(self.proxy.tokenizer, text[:end], ids, offsets).tolist()))
         if cut:
             _log(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from abc_plugin.errors import UserError
-from abc_plugin.text.spans import Floats, Pairs, pair, token_spans
+from abc_plugin.text.spans import Floats, Pairs, adds_spaces, pair, token_spans
 
 Messages = list[dict[str, str]]  # turns, as apply_chat_template takes them
 
@@ -203,7 +204,8 @@ class _Encoder:
 def piece_spans(tokenizer: Any, text: str, ids: list[int], offsets: list | None) -> Floats:
     """Characters of ``text`` that each of its ids stands for (L, 2).
 
-    By the tokens' own bytes where they spell the text, else (normalised text) by the tokenizer's offsets.
+    By the tokens' own bytes where they spell the text, else (normalised text) by the tokenizer's offsets. A space that
+    WordPiece only puts before a word when it decodes belongs to none.
     Raises UserError where they do not and there are no offsets.
     """
     try:
@@ -211,13 +213,35 @@ def piece_spans(tokenizer: Any, text: str, ids: list[int], offsets: list | None)
     except UserError:
         spelled = None
     if spelled == text:
-        return spans_L2.numpy()
+        spans_L2 = spans_L2.numpy()
+        if adds_spaces(tokenizer):
+            spans_L2[:, 0] += [text[int(start) : int(end)].startswith(" ") for start, end in spans_L2]
+        return spans_L2
     if offsets is None:
         raise UserError(
             f"the reward model's {type(tokenizer).__name__} is a slow tokenizer without offsets, and its tokens do "
             f"not spell the text {text[:40]!r}…; use its fast version"
         )
-    return _split_shared(np.asarray(offsets, np.float64).reshape(-1, 2))
+    return _split_shared(_with_marks(text, np.asarray(offsets, np.float64).reshape(-1, 2)))
+
+
+def _with_marks(text: str, offsets_L2: Floats) -> Floats:
+    """Accents, and whatever else was composed with the character before it, belong to that character's tokens.
+
+    tokenizers' offsets of a composed character are those of its first part.
+    """
+    covered = np.zeros(len(text), bool)
+    for start, end in offsets_L2.astype(np.int64):
+        covered[start:end] = True
+    reach, base = np.arange(len(text) + 1.0), 0
+    for at in range(1, len(text)):
+        if covered[at] or not covered[base]:
+            base = at
+        elif unicodedata.category(text[at])[0] == "M" or len(unicodedata.normalize("NFC", text[base : at + 1])) == 1:
+            reach[base + 1] = at + 1
+        else:
+            base = at
+    return np.stack([offsets_L2[:, 0], reach[offsets_L2[:, 1].astype(np.int64)]], axis=1)
 
 
 def _split_shared(offsets_L2: Floats) -> Floats:

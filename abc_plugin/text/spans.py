@@ -71,6 +71,11 @@ def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
     return [text[start:end] for start, end in (spans_S2 + EPSILON).floor().long().tolist()]
 
 
+def adds_spaces(tokenizer: Any) -> bool:
+    """Whether decoding puts spaces between tokens that have none, as WordPiece's does."""
+    return _token_bytes(tokenizer).after != "a"
+
+
 class Pairs(NamedTuple):
     """Which source gives which share of its weight to which target; the shares of a source sum to 1."""
 

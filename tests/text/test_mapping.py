@@ -228,6 +228,36 @@ def test_the_reward_models_own_chat_template(ended):
         assert on_response[-1].item() == pytest.approx(tail)
 
 
+def composing():
+    tokenizer = copy.deepcopy(load("gpt2"))
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("reward_model", "prompt", "response", "share"),
+    [
+        (composing, "A e", "\u0301", 1 / 3),  # of " é", a space, a letter and its accent
+        (composing, "\u1112", "\u1161\u11ab", 2 / 3),  # a syllable of three letters
+        (composing, "e\u0301 q", "\u0301", 1.0),  # no such letter: the accent is a token of its own
+        (lambda: load("bert"), "cafe", "\u0301", 1 / 5),  # drops accents
+        (lambda: load("bert"), "the film ", "a", 1.0),  # the space before a word is none of the word's
+        (lambda: load("bert"), "the film", " a", 1.0),
+    ],
+)
+def test_accents_and_spaces_take_their_part_to_the_response(reward_model, prompt, response, share):
+    policy, reward_model = Codepoints(eos_token="\0"), reward_model()
+    mapped = map_batch(policy, reward_model, *batch((encode(policy, prompt), encode(policy, response))))
+    row = torch.zeros(mapped.input_ids_BL.shape)
+    last = encode(reward_model, prompt + response)[-1]
+    same = (mapped.input_ids_BL[0] == last).nonzero()[-1]
+    row[0, same] = 1.0
+    if "\u1112" in prompt:  # the syllable's bytes are several tokens
+        row = torch.ones_like(row) / row.shape[1]
+    out, moved = mapped.to_policy(row)
+    assert out[0, len(prompt) :].sum().item() == pytest.approx(share) and moved.item() == 0
+
+
 ANSWER = "{% for m in messages %}[{{ m.role }}]{{ m.content.split('</think>')[-1].strip() }}[end]\n{% endfor %}"
 # As Qwen3's: the thoughts of the last reply are written again, with line feeds of its own.
 THOUGHTS = """{% for m in messages %}[{{ m.role }}]{% set parts = m.content.split('</think>') %}

@@ -201,6 +201,8 @@ def _summarise(args: Namespace, output: Path) -> None:
     """Write ``summary.json`` and print the run's last lines."""
     start = args.checkpoints.step
     summary = LocalPPOTrainer.summary | {"seconds": round(time.time() - args.checkpoints.started, 1)}
+    if torch.cuda.is_available():
+        summary["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)  # this rank's
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     if summary["steps"] == start:
         change = ", nothing was left to train: the checkpoint is from the last step"

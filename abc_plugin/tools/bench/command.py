@@ -11,13 +11,33 @@ MEASUREMENTS = {
     "methods": ("abc_plugin.tools.bench.cost", "what each method's evidence costs beside the model's forward"),
     "parity": ("abc_plugin.tools.bench.parity", "the recovered row against eager attention, over model families"),
     "server": ("abc_plugin.tools.bench.server", "texts per second of serve-rm with many clients, to batched forwards"),
+    "gpu": ("abc_plugin.tools.bench.gpu", "every claim on this machine's card: kernels, cost, runs, QLoRA, serve-rm"),
 }
-SERVER = (
-    ("--clients", 64, "clients, each with one text at a time"),
-    ("--batch", 32, "texts of a forward"),
-    ("--tokens", 256, "tokens of a text"),
-    ("--repeats", 5, "rounds"),
-)
+# flag: how it is read (argparse), and its help; %(default)s is told with it.
+FORWARDS = {
+    "--tokens": {"type": int, "nargs": "+", "default": [256, 1024], "help": "sequence lengths"},
+    "--repeats": {"type": int, "default": 12, "help": "rounds; each runs every variant once"},
+    "--model": {"help": "transformers model to load; default: a random llama, 8 layers, width 512"},
+    "--batch": {"type": int, "nargs": "+", "default": [1], "help": "sequences per forward"},
+}
+FLAGS: dict[str, dict[str, dict]] = {
+    "recovery": FORWARDS | {"--png": {"help": "also draw the ratios into this file"}},
+    "methods": FORWARDS,
+    "parity": {},
+    "server": {
+        "--model": {"required": True, "help": "the reward model's directory"},
+        "--clients": {"type": int, "default": 64, "help": "clients, each with one text at a time"},
+        "--batch": {"type": int, "default": 32, "help": "texts of a forward"},
+        "--tokens": {"type": int, "default": 256, "help": "tokens of a text"},
+        "--repeats": {"type": int, "default": 5, "help": "rounds"},
+    },
+    "gpu": {
+        "--minutes": {"type": float, "default": 10, "help": "rows that do not fit in are left out"},
+        "--rows": {"default": "", "metavar": "TEXT", "help": 'only those with it in "part: name"; all by default'},
+        "--out": {"default": "runs/gpu", "help": "directory of the table, as Markdown and JSON"},
+        "--device": {"choices": ["cuda", "cpu"], "default": "cuda", "help": "cpu: tiny models, to try the script"},
+    },
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,21 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="measurement", required=True, metavar="MEASUREMENT")
     for name, (_, help_) in MEASUREMENTS.items():
         command = commands.add_parser(name, help=help_, description=help_)
-        if name == "parity":
-            continue
-        if name == "server":
-            command.add_argument("--model", required=True, help="the reward model's directory")
-            for flag, default, what in SERVER:
-                command.add_argument(flag, type=int, default=default, help=f"{what} ({default})")
-            continue
-        command.add_argument("--tokens", type=int, nargs="+", default=[256, 1024], help="sequence lengths (256 1024)")
-        command.add_argument("--repeats", type=int, default=12, help="rounds; each runs every variant once (12)")
-        command.add_argument(
-            "--model", help="transformers model to load; default: a random llama, 8 layers, width 512"
-        )
-        command.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences per forward (1)")
-        if name == "recovery":
-            command.add_argument("--png", help="also draw the ratios into this file")
+        for flag, options in FLAGS[name].items():
+            told = " (%(default)s)" if options.get("default") else ""
+            command.add_argument(flag, **options | {"help": options["help"] + told})
 
 
 def run(args: argparse.Namespace) -> int:

@@ -95,7 +95,8 @@ def attend(
     logits_HQL = torch.einsum("qhd,khd->hqk", q.float(), k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap:
         logits_HQL = softcap * torch.tanh(logits_HQL / softcap)
-    distance_QL = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))
+    query_Q, key_L = torch.arange(len(q), device=q.device), torch.arange(len(k), device=q.device)
+    distance_QL = query_Q[:, None] + len(k) - len(q) - key_L
     hidden_QL = (distance_QL < 0) if causal else torch.zeros_like(distance_QL, dtype=torch.bool)
     if window[0] >= 0:
         hidden_QL = hidden_QL | (distance_QL > window[0])

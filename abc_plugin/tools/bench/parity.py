@@ -64,7 +64,7 @@ class Parity:
 def inputs(mask_BS: Tensor) -> dict[str, Tensor]:
     """Random ids, and the position_ids that OpenRLHF derives from the mask."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, COMMON["vocab_size"], mask_BS.shape, generator=generator) * mask_BS
+    ids = torch.randint(1, COMMON["vocab_size"], mask_BS.shape, generator=generator).to(mask_BS.device) * mask_BS
     positions = (mask_BS.cumsum(-1) - 1).masked_fill(mask_BS == 0, 1)
     return {"input_ids": ids, "position_ids": positions}
 
@@ -84,20 +84,21 @@ def recovered(model: nn.Module, layer: str, recovery: str, mask_BS: Tensor, **fe
         return recording.row_BS
 
 
-def check(family: str) -> Parity:
+def check(family: str, device: str = "cpu") -> Parity:
     """Compare one family's rows to eager ones, and note what is refused and why."""
     entry, parity = FAMILIES[family], Parity(family)
-    model, half = tiny(family), tiny(family, **TAME).bfloat16()
+    model, half = tiny(family).to(device), tiny(family, **TAME).bfloat16().to(device)
+    padded, none, right = (mask_BS.to(device) for mask_BS in (PADDED, NONE, RIGHT))
     masks: list[tuple[Tensor, dict[int, Tensor]]] = []
     for name in entry.exact + entry.refused:
         use_implementation(model, name)
         try:
-            masks = masks or [(mask_BS, eager_rows(model, mask_BS)) for mask_BS in (PADDED, NONE)]
+            masks = masks or [(mask_BS, eager_rows(model, mask_BS)) for mask_BS in (padded, none)]
             parity.fp32[name], parity.read_by = largest(model, "auto", difference, masks)
             parity.rerun[name], _ = largest(model, "eager-rerun", difference, masks)
         except (UserError, CreditError) as refusal:
             parity.refused[name] = str(refusal)
-    expected = [(RIGHT, eager_rows(half, RIGHT))] if parity.fp32 else []
+    expected = [(right, eager_rows(half, right))] if parity.fp32 else []
     for name in entry.exact + entry.only_bf16:
         if name not in parity.refused:
             parity.bf16[name], _ = largest(use_implementation(half, name), "auto", distance, expected)

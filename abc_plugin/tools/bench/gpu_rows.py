@@ -129,7 +129,8 @@ def _kernel(kernel: str, family: str, dtype: torch.dtype, tokens: int, layout: s
 
 def _family(family: str, device: str, _: Path) -> Found:
     result = parity.check(family, device)
-    return {"fp32": max(result.fp32.values()), "bf16": max(result.bf16.values())}, result.faults
+    errors = {"fp32": result.fp32, "bf16": result.bf16}
+    return {name: max(found.values(), default=float("nan")) for name, found in errors.items()}, result.faults
 
 
 def _cost(name: str, tokens: int, device: str, _: Path) -> Found:

@@ -23,8 +23,8 @@ if [ ! -e "$venv/made" ]; then
             ${WHEELS:+--no-index --find-links "$WHEELS"} "$@"
     }
     pip -r launch/requirements-gpu.txt
-    pip -e .
+    "$venv/bin/python" -m pip show --quiet abc-plugin 2>/dev/null || pip -e .  # tells its methods' names
     touch "$venv/made"
 fi
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 exec "$venv/bin/python" -m abc_plugin bench gpu "$@"

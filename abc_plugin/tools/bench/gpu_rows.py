@@ -30,7 +30,18 @@ HOLDS, FAILS, ERROR, NOT_RUN = "holds", "FAILS", "ERROR", "not run"
 
 MEMORY, TIME, STEP = 1.02, 1.05, 1.03  # at most, with credit: of a forward, its time, and a step's; without is 1
 DIALOGUE_GIB = 24.0  # of the card
-FAMILIES = ("llama", "qwen3", "qwen3_moe", "gemma2", "gemma3", "gpt_oss", "deepseek_v3", "gpt2", "modernbert", "gptj")
+FAMILIES = (
+    "llama",
+    "qwen3",
+    "qwen3_moe",
+    "gemma2",
+    "gemma3",
+    "gpt_oss",
+    "deepseek_v3",
+    "gpt2",
+    "modernbert",
+    "falcon",
+)
 
 
 def _shape(hidden: int, inner: int, layers: int, heads: int, groups: int, words: int = 32000) -> dict[str, Any]:
@@ -105,7 +116,7 @@ def all_rows(device: str) -> list[Row]:
             for name, tokens in product(SIZES[device].cost, (short, long))
         ),
         *(
-            Row(part, f"{what}, three steps, {method}", partial(_train, part, method), seconds)
+            Row(part, f"three steps, {what}, {method}", partial(_train, part, method), seconds)
             for part, what, seconds in (("local", "small", 120), ("dialogue", "7B by QLoRA, judge 3B", 300))
             for method in ("none", "abc")
         ),

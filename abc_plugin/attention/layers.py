@@ -153,6 +153,19 @@ def check_implementation(implementation: str | None, config: Any, model: str) ->
         raise UserError(f"{model} is not supported under sdpa, which drops its softcap; use flash_attention_2")
 
 
+def mixing_layer(model: Any) -> str | None:
+    """A layer that carries a state or a convolution from token to token, by its class or kind; None where none does.
+
+    Attention is told by masks or positions where packed samples begin; these layers are not (transformers 5.15 hands
+    its own kernels no bounds, and OpenRLHF gives it positions only), so that samples would mix.
+    """
+    for part in unwrap(model).modules():
+        if any(isinstance(child, nn.Conv1d) and child.groups > 1 for child in part.children()):  # one per channel
+            return type(part).__name__
+    types = getattr(getattr(pretrained(model), "config", None), "layer_types", None) or ()
+    return "linear attention" if "linear_attention" in types else None
+
+
 def is_full(attention: nn.Module) -> bool:
     """Whether a layer's queries see every earlier token (no sliding window, no chunks, not linear)."""
     config = getattr(attention, "config", None)

@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_map_only
 
 from abc_plugin.attention.attach import attach
 from abc_plugin.attention.contribution import ContributionReader
-from abc_plugin.attention.layers import attention_layers, model_name, pretrained, score_head
+from abc_plugin.attention.layers import attention_layers, mixing_layer, model_name, pretrained, score_head
 from abc_plugin.attention.packed import Packing
 from abc_plugin.attention.parallel import rank_and_size, sum_over
 from abc_plugin.attention.positions import score_positions
-from abc_plugin.attention.recording import is_rerun
+from abc_plugin.attention.recording import MIXED, is_rerun
 from abc_plugin.errors import CreditError, UserError
 
 BIDIRECTIONAL = ("DisentangledSelfAttention",)  # of layers.OUTSIDE: modules that do not say so themselves
@@ -67,12 +67,17 @@ def rows(recordings: dict[str, Any]) -> dict[str, Tensor]:
 class TokenValues:
     """One number per token, kept from one forward, at its padded position also when samples were packed."""
 
-    def __init__(self, mask_BS: Tensor, reader: str, ring_group: ProcessGroup | None = None) -> None:
+    def __init__(
+        self, mask_BS: Tensor, reader: str, mixing: str | None, ring_group: ProcessGroup | None = None
+    ) -> None:
         self._mask_BS, self._reader, self._ring_group = mask_BS.bool(), reader, ring_group
+        self._mixing = mixing  # of ``layers.mixing_layer``
         self._kept: list[Tensor] = []
 
     def keep(self, value: Tensor) -> None:
         """Of every token that ran: of the padded batch (B, S), or of the stream (1, L) of the mask's tokens."""
+        if self._mixing and value.shape != self._mask_BS.shape:
+            raise CreditError(f"{self._reader}: {MIXED.format(self._mixing)}")
         self._kept.append(padded(value.detach().float(), self._mask_BS.to(value.device), self._ring_group))
 
     @property
@@ -116,6 +121,7 @@ class PrefixScores:
         check_causal(model)
         self._name = model_name(model)
         self._owner, self._head = score_head(model)
+        self._mixing = mixing_layer(model)
 
     def describe(self) -> str:
         """One line for the log."""
@@ -130,7 +136,7 @@ class PrefixScores:
         head_group: ProcessGroup | None = None,
     ) -> Iterator[TokenValues]:
         """As ``RowReader.record``; the score head is whole on every process, so head_group changes nothing."""
-        recording = TokenValues(attention_mask_BS, self.describe(), ring_group)
+        recording = TokenValues(attention_mask_BS, self.describe(), self._mixing, ring_group)
 
         def keep(_head: nn.Module, _args: tuple, value: Tensor) -> None:
             if not is_rerun():
@@ -184,6 +190,7 @@ class GradientTimesInput:
         self._name = model_name(model)
         self._model = pretrained(model)
         self._embedding = self._model.get_input_embeddings()
+        self._mixing = mixing_layer(model)
         model.requires_grad_(False)  # or autograd would keep every layer's input for the weights' gradients
 
     def describe(self) -> str:
@@ -201,7 +208,7 @@ class GradientTimesInput:
         """As ``RowReader.record``, on one process."""
         if ring_group is not None or head_group is not None:
             raise UserError(f"gradients of {self._name} cannot be had where it is split over processes")
-        recording = TokenValues(attention_mask_BS, self.describe())
+        recording = TokenValues(attention_mask_BS, self.describe(), self._mixing)
         embedded: list[Tensor] = []
         before: list[bool] = []  # the caller's grad mode, during a forward
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from abc_plugin.attention.layers import is_flash, model_name, pretrained, target_layer
+from abc_plugin.attention.layers import is_flash, mixing_layer, model_name, pretrained, target_layer
 from abc_plugin.attention.packed import Fault, Packing, packed_row, packing_faults, unpacked
 from abc_plugin.attention.parallel import all_heads, head_mean, heads_by_rank, rank_and_size, sum_over
 from abc_plugin.attention.positions import ROWS, row_positions
@@ -26,6 +26,7 @@ NOT_COMPUTED = {
 }
 RETURNS: dict[nn.Module, Tensor] = {}  # what an attention module's function returns instead of running
 PACKING = "pack in the mask's order, without a cache, with position_ids that restart, as OpenRLHF does"
+MIXED = "packed samples would mix in its layers of {}, which nothing tells where a sample begins; pack none of them"
 HEADS = "this process ran {} of {} heads; under tensor parallelism record with head_group, otherwise without"
 
 
@@ -55,6 +56,7 @@ class RowReader(ABC):
             raise UserError(f"row {row!r} is none of {', '.join(ROWS)}")
         self.module, self.layer_index, self.num_layers = target_layer(model, layer, outside=self.outside)
         self.model_name, self.row, self.heads, self.per_head = model_name(model), row, heads, per_head
+        self.mixing = mixing_layer(model)
         self.recording: Recording | None = None
         self.closed = False
         self._model_config = None if hasattr(self.module, "config") else pretrained(model).config.get_text_config()
@@ -146,7 +148,7 @@ class Recording:
         ring_group: ProcessGroup | None = None,
         head_group: ProcessGroup | None = None,
     ) -> None:
-        self._reader = reader.describe()
+        self._reader, self._mixing = reader.describe(), reader.mixing
         if queries_BS is not None and queries_BS.shape != mask_BS.shape:
             raise self._error(f"queries of {tuple(queries_BS.shape)} for a mask of {tuple(mask_BS.shape)}")
         if queries_BS is not None and ring_group is not None:
@@ -214,6 +216,8 @@ class Recording:
         mask_BS, position_B = self._mask_BS.to(query_BHSD.device), self.position_B.to(query_BHSD.device)
         packing = self._packing = None
         if self._is_packed(query_BHSD, options):
+            if self._mixing:
+                raise self._error(MIXED.format(self._mixing))
             packing = self._packing = Packing(mask_BS, position_B, query_BHSD.shape[2], self._ring_group)
             flash = is_flash(module.config._attn_implementation)
             faults = packing_faults(packing, mask, options, flash)

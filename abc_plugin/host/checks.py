@@ -13,8 +13,9 @@ from transformers import PretrainedConfig
 from abc_plugin import output_directory
 from abc_plugin.attention import attach, model_files, scalar_head
 from abc_plugin.attention.contribution import check_last_layer
-from abc_plugin.attention.layers import skeleton
+from abc_plugin.attention.layers import mixing_layer, skeleton
 from abc_plugin.attention.readers import attach_readers, check_causal
+from abc_plugin.attention.recording import MIXED
 from abc_plugin.config import ShapingConfig
 from abc_plugin.credit import methods
 from abc_plugin.credit.methods import policy_need
@@ -156,6 +157,7 @@ def check_files(
         raise UserError(f"{FLAGS['actor']} {policy}: its tokenizer has no end-of-sequence token; give it an eos_token")
     model_files.check_savable(FLAGS["actor"], policy, ours.tokenizer)
     _check_reads(args, FLAGS["actor"], policy, config, ours)
+    _check_packing(args, FLAGS["actor"], policy, config)
     texts = [] if data is None or args.data.max_images_per_prompt else rendered(args, data, ours.tokenizer)
     check_lengths(args, texts, ours.tokenizer)
     options = {"head": args.ds.value_head_prefix, "normalise": args.reward.normalize_enable}
@@ -166,6 +168,7 @@ def check_files(
         configs[critic] = scalar_head.check_files(critic, **options, flag=flags[critic], new_head=True)
     for path, flag in flags.items():
         theirs = _side(args, flag, path)
+        _check_packing(args, flag, path, configs[path])
         if shaping.reward_text == "chat" and flag == FLAGS["reward"]:
             try:
                 check_template(theirs.tokenizer)
@@ -185,6 +188,12 @@ def check_files(
                 f"{theirs.embedding_rows} rows: the run would end there"
             )
     return {path: configs[path] for path in reward_models(args)}
+
+
+def _check_packing(args: Namespace, flag: str, path: str, config: PretrainedConfig) -> None:
+    """Raises UserError where packed samples would mix."""
+    if args.ds.packing_samples and (mixing := mixing_layer(skeleton(config, name=f"{flag} {path}"))):
+        raise UserError(f"--ds.packing_samples, {flag} {path}: {MIXED.format(mixing)}")
 
 
 def _check_reads(
@@ -215,6 +224,7 @@ def check_served(args: Namespace) -> None:
         raise UserError(f"{flag} is missing; give the reward model to serve")
     config = scalar_head.check_files(path, head=args.ds.value_head_prefix, normalise=args.reward.normalize_enable)
     _check_reads(args, flag, path, config, _side(args, flag, path))
+    _check_packing(args, flag, path, config)
 
 
 def check_readers(

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from recovery_models import LEFT, RIGHT, inputs, tiny
 from torch.testing import assert_close
 
+from abc_plugin.attention.layers import mixing_layer
 from abc_plugin.attention.matrix import rerun_eager_row
 from abc_plugin.attention.packed import Packing
 from abc_plugin.attention.packed import packed_row as row_of_packed
@@ -90,6 +91,31 @@ def test_packed_row_is_the_padded_eager_row(family, implementation):
         row = packed_row(use_implementation(model, implementation), mask)
         assert row.dtype == torch.float32 and row.shape == mask.shape
         same(row, expected)
+
+
+HYBRIDS = ("qwen3_next", "qwen3_5", "minimax", "lfm2", "jamba", "bamba", "falcon_h1", "nemotron_h", "granitemoehybrid")
+
+
+@pytest.mark.parametrize("family", [*HYBRIDS, "llama", "gemma3", "qwen3_moe", "gpt2", "mistral_window"])
+@torch.no_grad()
+def test_models_in_which_packed_samples_mix_are_refused_by_name(family):
+    """Two samples: whether the second one's states know of the first, and whether the layers are told."""
+    model = use_implementation(tiny(family), "sdpa")
+    two, mask = torch.arange(3, 15)[None], torch.ones(2, 6, dtype=torch.long)
+    other = torch.cat([two[:, :6] + 20, two[:, 6:]], 1)
+    position = torch.arange(6).repeat(2)[None]
+    feeds = [{"input_ids": ids, "position_ids": position, "use_cache": False} for ids in (two, other)]
+    one, changed = (model(**feed).last_hidden_state[:, 6:] for feed in feeds)
+    mixes = (one - changed).abs().max() > 1e-2 * one.abs().max()
+    assert bool(mixes) == (mixing_layer(model) is not None) == (family in HYBRIDS)
+    tap = AttentionTap(model, layer="last_full")
+    with tap.record(mask) as recording:
+        if mixes:
+            with pytest.raises(CreditError, match=f"would mix in its layers of {mixing_layer(model)}, which nothing"):
+                model(**feeds[0])
+            return
+        model(**feeds[0])
+    assert recording.row_BS.shape == (2, 6)
 
 
 def test_a_packed_bf16_row_is_near_the_padded_one():

@@ -1,10 +1,12 @@
 """What the Ray driver refuses before Ray is asked for anything, and what it makes of a worker's end."""
 
 import shutil
+from argparse import Namespace
 
 import pytest
 import ray
 from conftest import local_flags
+from recovery_models import tiny as tiny_model
 from test_worker import worker
 
 from abc_plugin.config import ShapingConfig
@@ -13,6 +15,7 @@ from abc_plugin.host.imports import import_host
 
 import_host()
 
+from abc_plugin.host import checks  # noqa: E402
 from abc_plugin.host.checks import announce, preflight  # noqa: E402
 from abc_plugin.host.ray_driver import _cause  # noqa: E402
 from abc_plugin.local.local_checks import parse_for_one_process  # noqa: E402
@@ -148,3 +151,10 @@ def test_a_worker_that_died_says_how_to_go_on():
     ours = ray.exceptions.RayTaskError("fit", "traceback", CreditError("lost"))
     with pytest.raises(CreditError, match="lost"):
         raise _cause(ours)
+
+
+def test_packing_is_refused_where_samples_would_mix():
+    args = Namespace(ds=Namespace(packing_samples=True))
+    checks._check_packing(args, "--actor.model_name_or_path", "m", tiny_model("llama").config)
+    with pytest.raises(UserError, match="--ds.packing_samples, --actor.* m: .* would mix in its layers of .*DeltaNet"):
+        checks._check_packing(args, "--actor.model_name_or_path", "m", tiny_model("qwen3_next").config)

@@ -21,7 +21,7 @@ def condition(method="none", reward=None, kl=None, credit="", group=""):
 
 
 def table(*conditions):
-    return Table(list(conditions), "", "", [])
+    return Table(list(conditions), "", "", [], True)
 
 
 def pair(reward, base, kl=None, base_kl=None):

@@ -172,10 +172,12 @@ def test_settings_of_credit_make_no_second_baseline_but_those_that_change_its_ru
 LACKS = {
     "one seed": rows(METHODS, seeds=(4,)),
     "no baseline": rows((("abc", 0.8), ("prefix", 0.8))),
+    "a baseline of another name": [row | {"method": row["method"].replace("none", "RLHF")} for row in rows()],
     "no seed in common": rows((("none", ""),), seeds=(1, 2)) + rows((("abc", 1),), seeds=(3, 4)),
     "nothing but a baseline": rows((("none", ""),)),
     "no KL": [{name: row[name] for name in ("method", "seed", "step", "reward")} for row in rows()],
     "KL of one condition": rows()[:-1] + [rows()[-1] | {"kl": "nan"}],
+    "no KL of distributions": rows()[:-1] + [rows()[-1] | {"kl": -455}],
 }
 
 
@@ -187,6 +189,7 @@ def test_what_is_missing_is_said(tmp_path, undrawn):
         kept = [line for line in text.splitlines()[2:] if line.startswith(("#", "-", "|")) and "---" not in line]
         said += [f"{case}:", *kept, ""]
     assert_snapshot("\n".join(said), "study_lacks.md")
+    assert "KL: as in the table; its unit is not known here." in text
 
 
 def made(reward, base, kl, base_kl):

@@ -22,6 +22,7 @@ MEASURES = {
     "spread": "ratio of standard deviations over seeds",
 }
 ATTENTION = "abc"  # with it the names of the methods begin that the paper's claims are about: abc, abc_d, abc_signed …
+USUAL_BASELINES = ("rlhf", "ppo", "sparse", "baseline", "vanilla")  # what others call the sparse reward
 YES, NO, OPPOSITE, OPEN = "seen", "not seen", "the opposite seen", "undecided"
 # The paper's claims: measure, and the way that it must differ.
 CLAIMS = {
@@ -57,7 +58,7 @@ class Comparison:
             return self._half_the_steps()
         test = self.tests.get(measure)
         if test is None and measure in ("kl", "equal_kl"):
-            return OPEN, "no KL in common" if "kl" in self.tests else "KL was not logged"
+            return OPEN, "no KL in common" if "kl" in self.tests else "KL was not logged, or left out"
         if test is None or test.p_holm is None:
             return OPEN, "no test of so few seeds"
         above = test.estimate.value > (measure == "spread")
@@ -85,6 +86,8 @@ class Analysis:
     def headline(self) -> str:
         """How many comparisons with the baseline see what, in reward over training."""
         tests = [each.tests["reward"] for each in self.comparisons if each.with_baseline and len(each.seeds) > 1]
+        if not any(each.method == BASELINE for each in self.table.conditions):
+            return f"No method is called {BASELINE}, so nothing is compared with a baseline."
         if not tests:
             return f"No comparison with {BASELINE} has two paired seeds, so nothing is tested."
         ways = Counter("higher" if test.estimate.value > 0 else "lower" for test in tests if test.significant)
@@ -143,7 +146,14 @@ def _compare(condition: Condition, other: Condition) -> Comparison:
 def _warnings(table: Table, comparisons: list[Comparison], alone: list[str]) -> list[str]:
     """What is missing, or limits what the numbers can mean."""
     warnings = []
-    if alone:
+    methods = list(dict.fromkeys(each.method for each in table.conditions))
+    if BASELINE not in methods:
+        now = next((name for name in methods if name.lower() in USUAL_BASELINES), "one of " + ", ".join(methods))
+        warnings.append(
+            f"No method is called {BASELINE}, the sparse reward's name here; if it is {now}, write {BASELINE} for it "
+            "in the column method."
+        )
+    elif alone:
         warnings.append(f"Without a baseline (method {BASELINE} with the same settings): {'; '.join(alone)}.")
     if any(each.curves["reward"].shape[1] <= LAST for each in table.conditions):
         warnings.append(f"Some runs have at most {LAST} steps: the last {LAST} are all of them.")

@@ -18,7 +18,6 @@ from abc_plugin.tools.study.inference import UPPER
 from abc_plugin.tools.study.learning_curves import WINDOW, centred
 from abc_plugin.tools.study.table import BASELINE, Condition, Table
 
-UNITS = {"reward": "mean reward", "kl": "KL, nats per token"}
 CURVES = f"mean over seeds, smoothed over {WINDOW} steps; band: 95 % t interval over seeds at each step."
 CAPTIONS = {
     "differences.png": "Paired differences with 95 % t intervals; filled: seen after Holm's correction.",
@@ -33,15 +32,16 @@ SHOWN = ("reward", "equal_kl", "kl")  # of the differences
 def draw(analysis: Analysis, mark: str) -> tuple[dict[str, bytes], dict[str, str]]:
     """PNGs and captions by file name; ``mark`` is written into each as the software that made it."""
     table, figures = analysis.table, {}
+    units = {"reward": "mean reward", "kl": "KL, nats per token" if table.known_kl else "KL, unit unknown"}
     with plots.style():
         if any(each.seeds for each in analysis.comparisons):
             figures["differences.png"] = _differences(analysis)
-        for metric, unit in UNITS.items():
+        for metric, unit in units.items():
             if any(metric in each.curves for each in table.conditions):
                 curve = functools.partial(_curve, metric=metric)
                 figures[f"{metric}.png"] = _grid(table, metric, curve, "PPO step", unit)
         if "kl.png" in figures:
-            figures["frontier.png"] = _grid(table, "kl", _frontier, UNITS["kl"], UNITS["reward"])
+            figures["frontier.png"] = _grid(table, "kl", _frontier, units["kl"], units["reward"])
         pictures = {name: plots.png(figure, software=mark, dpi=130) for name, figure in figures.items()}
     return pictures, {name: CAPTIONS[name] for name in pictures}
 

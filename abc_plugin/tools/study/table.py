@@ -72,13 +72,14 @@ class Table:
     """All conditions, a group's together and its baseline first.
 
     usual: what groups' names leave out, empty where they have all.  together: settings that vary one to one
-    with another, by which alone they are named.
+    with another, by which alone they are named.  known_kl: whether KL is what abc-rlhf study logs.
     """
 
     conditions: list[Condition]
     usual: str
     together: str
     warnings: list[str]
+    known_kl: bool
 
     def groups(self) -> dict[str, list[Condition]]:
         """Conditions that may be compared, by the name of what they share."""
@@ -118,7 +119,7 @@ def read(path: Path) -> Table:
     rows["condition"] = list(rows[settings].itertuples(index=False, name=None))
     rows["group"] = list(rows[outside].itertuples(index=False, name=None)) if outside else [()] * len(rows)
     _check(path, rows, settings)
-    return _table(rows, settings)
+    return _table(rows, settings, known_kl=path.name == NAME)
 
 
 def _cells(path: Path) -> pd.DataFrame:
@@ -182,7 +183,7 @@ def _check(path: Path, rows: pd.DataFrame, settings: list[str]) -> None:
             raise UserError(f"{path}: {unequal}; finish it, or leave it out of the table")
 
 
-def _table(rows: pd.DataFrame, settings: list[str]) -> Table:
+def _table(rows: pd.DataFrame, settings: list[str], *, known_kl: bool) -> Table:
     found = sorted(rows.groupby("condition", sort=False), key=lambda item: _order(item[0], settings))
     values = {name: [condition[place] for condition, _ in found] for place, name in enumerate(settings)}
     varied = [name for name in settings[1:] if name == "beta" or len(set(values[name])) > 1]
@@ -206,10 +207,18 @@ def _table(rows: pd.DataFrame, settings: list[str]) -> Table:
         logged = [metric for metric in METRICS if metric in runs]
         curves = {metric: runs.pivot(index="seed", columns="step", values=metric) for metric in logged}
         conditions.append(Condition(given["method"], f" {credit}" if credit else "", group, curves))
-        if "kl" in curves and not np.isfinite(curves["kl"]).all(axis=None) and curves.pop("kl").notna().any(axis=None):
-            warnings.append(f"{conditions[-1].name}: KL is missing or infinite in some steps, so it is left out.")
+        if "kl" in curves and (fault := _kl_fault(curves["kl"])) and curves.pop("kl").notna().any(axis=None):
+            warnings.append(f"{conditions[-1].name}: KL is {fault}, so it is left out.")
     conditions.sort(key=lambda condition: condition.group != USUAL)
-    return Table(conditions, named(usual, usual, {}), ", ".join(together), warnings)
+    return Table(conditions, named(usual, usual, {}), ", ".join(together), warnings, known_kl)
+
+
+def _kl_fault(curve: pd.DataFrame) -> str | None:
+    """Why values are no KL; an estimate of a small one may be below 0 by noise."""
+    if not np.isfinite(curve).all(axis=None):
+        return "missing or infinite in some steps"
+    low, high = curve.min(axis=None), curve.max(axis=None)
+    return f"as low as {low:.3g}, which no divergence is" if low < -0.1 and low < -0.1 * high else None
 
 
 def symbol(setting: str) -> str:

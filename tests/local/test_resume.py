@@ -76,7 +76,7 @@ def test_two_ranks_with_4_bit_adapters_and_zero_3_go_on_too(local_runs, tiny, tm
     assert status == -9, said[-3000:]
     status, said = local_runs.run(flags)
     assert status == 2
-    assert "was saved by 2 ranks and this run has 1" in said
+    assert "--critic.num_gpus_per_node 2 (now 1)" in said
     local_runs.done(flags, ranks=2)
     assert differences(whole, cut, 4) == []
 

@@ -173,13 +173,13 @@ def test_rows_of_every_layer_and_head_of_other_families(family, tmp_path):
     assert explained.evidence["gradient"].shape == (11,)
 
 
-def test_scores_that_are_not_numbers_end_it_by_row(tmp_path, capsys):
+def test_scores_that_are_not_numbers_end_it_by_their_tokens(tmp_path, capsys):
     model = audit_models.make_reward_model(0.0)
     model.model.embed_tokens.weight.data[3, 1] = float("nan")  # of "good"
     model.save_pretrained(tmp_path / "model")
     audit_models.make_tokenizer().save_pretrained(tmp_path / "model")
-    assert main(command(tmp_path, tmp_path / "model", "--methods", "uniform")) == 2
-    assert "the score of row 1 is nan" in capsys.readouterr().err
+    assert main(command(tmp_path, tmp_path / "model", "--methods", "uniform")) == 1
+    assert "the score of the tokens [7, 8, 3" in capsys.readouterr().err
 
 
 def test_gradients_of_rounded_weights_are_refused(tmp_path, model_path, monkeypatch, capsys):

@@ -192,7 +192,7 @@ flags:
   actor.model_name_or_path: {tiny}/policy
   reward.model_name_or_path: {tiny}/reward_model
   data.prompt_dataset: {tiny}/prompts.jsonl
-  data.max_samples: 20
+  data.max_samples: 16
   data.max_len: 48
   rollout.max_new_tokens: 8
   rollout.batch_size: 8
@@ -213,16 +213,16 @@ def test_the_host_completes_the_settings_and_counts_the_steps(asked, plan_file, 
     old = plan.common | {"reward_shaping": ("none",), "data.input_key": ("input",)}
     runs, [old], answer = resolve(plan, {"old": old})
     give_names(runs, [old])
-    # 20 prompts in rollouts of 8 are 3 steps; `abc` at beta 0.8 and `none` are in two blocks, and run once.
+    # 16 prompts in rollouts of 8 are 2 steps; `abc` at beta 0.8 and `none` are in two blocks, and run once.
     assert [(run.name, run.steps) for run in runs] == [
-        ("none-lambda1-train.num_episodes1-seed5", 3),
-        ("abc-beta0.8-lambda1-train.num_episodes1-seed5", 3),
-        ("abc-beta1-lambda1-train.num_episodes1-seed5", 3),
-        ("none-lambda1-train.num_episodes1-seed4", 3),
-        ("abc-beta0.8-lambda1-train.num_episodes1-seed4", 3),
-        ("abc-beta1-lambda1-train.num_episodes1-seed4", 3),
-        ("abc-beta0.8-lambda1-train.num_episodes2-seed4", 6),
-        ("abc-beta0.8-lambda0.5-train.num_episodes2-seed4", 6),
+        ("none-lambda1-train.num_episodes1-seed5", 2),
+        ("abc-beta0.8-lambda1-train.num_episodes1-seed5", 2),
+        ("abc-beta1-lambda1-train.num_episodes1-seed5", 2),
+        ("none-lambda1-train.num_episodes1-seed4", 2),
+        ("abc-beta0.8-lambda1-train.num_episodes1-seed4", 2),
+        ("abc-beta1-lambda1-train.num_episodes1-seed4", 2),
+        ("abc-beta0.8-lambda1-train.num_episodes2-seed4", 4),
+        ("abc-beta0.8-lambda0.5-train.num_episodes2-seed4", 4),
     ]
     assert (old.settings["train.seed"], old.settings["shaping.beta"]) == ("42", "")
     assert {run.settings["data.input_key"] for run in runs} == {"input"}  # which only the older run names

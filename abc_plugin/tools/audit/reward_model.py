@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -111,10 +112,9 @@ class RewardModel:
         mask_BS = pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids in sequences], batch_first=True)
         ids_BS = pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True)
         score_B = self.model(ids_BS.to(self.device), mask_BS.to(self.device)).float()
-        if not score_B.isfinite().all():
-            raise NotFinite(
-                f"{FLAG}: a score is NaN or infinite, of the tokens {sequences[0][:8]}… or a text beside it"
-            )
+        for ids, score in zip(sequences, score_B.tolist(), strict=True):
+            if not math.isfinite(score):
+                raise NotFinite(f"{FLAG}: the score of the tokens {ids[:8]}… is {score}; check the model's weights")
         return score_B.tolist()
 
     def explain(self, ids: list[int]) -> Explanation:

@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from abc_plugin.errors import UserError
 
-TURNS = 4  # texts of a client in a round
+TURNS = 8  # texts of a client in a round
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,10 +17,9 @@ from abc_plugin.config import ShapingConfig
 from abc_plugin.credit.methods import PREFIX, Evidence, Method
 from abc_plugin.credit.shaping import dropped, shape
 from abc_plugin.credit.shapley import segments, shapley_values
-from abc_plugin.errors import UserError
 from abc_plugin.tools.audit.completions import Completion
 from abc_plugin.tools.audit.estimates import spearman
-from abc_plugin.tools.audit.reward_model import FLAG, Explanation, RewardModel
+from abc_plugin.tools.audit.reward_model import Explanation, RewardModel
 from abc_plugin.tools.audit.summary import LEAVE_ONE_OUT, RANDOM, RECENCY
 
 POINTS = 10  # a curve's steps: tokens are removed by tenths of the completion
@@ -42,14 +41,14 @@ def measure(
     of reward · row with the effects, of each layer's mean row and each head's.
     spans: with more tokens than that, t is not a token but one of so many spans of them, removed whole; credit and
     rows are summed over it.
-    Raises UserError where a score is not finite.
+    Raises NotFinite (RewardModel.scores).
     """
     prompt, ids = completion.prompt_ids, completion.ids
     starts = np.linspace(0, len(ids), min(len(ids), spans or len(ids)), endpoint=False).round().astype(int).tolist()
     bounds = list(zip(starts, [*starts[1:], len(ids)], strict=True))
     pieces = [ids[start:end] for start, end in bounds]
     left = [prompt + ids, prompt, *(prompt + sum(pieces[:t] + pieces[t + 1 :], []) for t in range(len(pieces)))]
-    [_, empty, *without] = _finite(model, left, completion)
+    [_, empty, *without] = model.scores(left)
     explained = model.explain(prompt + ids)
     if any("shapley" in method.needs for method in methods.values()):
         explained.evidence["shapley"] = shapley_row(model, completion, pieces, explained.score, shaping.calls)
@@ -122,7 +121,7 @@ def shapley_row(
     segment_BT = segments(ends_BT, torch.ones_like(ends_BT), calls)
 
     def score(kept_BT: Tensor) -> Tensor:
-        return torch.tensor(_finite(model, [prompt + ids[kept_BT[0]].tolist()], completion))
+        return torch.tensor(model.scores([prompt + ids[kept_BT[0]].tolist()]))
 
     value_BT = shapley_values(score, torch.tensor([whole]), segment_BT, calls, seeds=[completion.row])
     return torch.cat([torch.zeros(len(prompt)), value_BT[0]])
@@ -173,20 +172,11 @@ def curves(
     known = {tuple(range(len(pieces))): whole, (): empty}
     wanted = sorted({kept for curve in left.values() for kept in curve} - set(known))
     texts = [completion.prompt_ids + sum((pieces[t] for t in kept), []) for kept in wanted]
-    known |= dict(zip(wanted, _finite(model, texts, completion), strict=True))
+    known |= dict(zip(wanted, model.scores(texts), strict=True))
     return {
         name: {way: _plain([known[kept] for kept in left[name, way]]) for way in ("highest", "lowest")}
         for name in credit
     }
-
-
-def _finite(model: RewardModel, sequences: list[list[int]], completion: Completion) -> list[float]:
-    scores = model.scores(sequences)
-    for score in scores:
-        if not math.isfinite(score):
-            row = completion.row
-            raise UserError(f"{FLAG}: the score of row {row} is {score}; check the model's weights and --dtype")
-    return scores
 
 
 def _plain(values: Any) -> Any:

@@ -11,5 +11,5 @@ if [ $# -gt 0 ]; then exec .venv/bin/python -m pytest --durations=10 "$@"; fi
 # The runs on a real cluster by themselves: they have many processes, which give up when they wait too long for each other.
 # Five of them are left out to end within 40 minutes on two slow cores: bash tests/run.sh -m more
 clusters=tests/host/test_ray.py
-.venv/bin/python -m pytest -n 2 --dist loadfile --durations=15 --ignore "$clusters"
+.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 --ignore "$clusters"
 .venv/bin/python -m pytest --durations=10 -m "not more" "$clusters"

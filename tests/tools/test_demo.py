@@ -253,7 +253,7 @@ def test_the_reward_model_tells_positive_from_negative_on_reviews_it_never_saw(a
     heldout = read_corpus(Recipe()).imdb_heldout
     windows = cut_windows(heldout, len(heldout), (40, 40), 0)
     tokenizer = AutoTokenizer.from_pretrained(assets / "reward_model", padding_side="right")
-    judge = AutoModelForSequenceClassification.from_pretrained(assets / "reward_model", dtype=torch.bfloat16)
+    judge = AutoModelForSequenceClassification.from_pretrained(assets / "reward_model", dtype=torch.float32)
     label_N = torch.tensor([window.label for window in windows]).bool()
     score_N = []
     for start in range(0, len(windows), 100):

@@ -5,13 +5,15 @@ With SNAPSHOT=1 the table in the repository is written anew: SNAPSHOT=1 pytest t
 
 import os
 import re
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 from cpu_flash import cpu_flash, use_implementation
-from recovery_models import FAMILIES, PADDINGS, RIGHT, WINDOW, inputs, tiny
+from recovery_models import FAMILIES, RIGHT, WINDOW, inputs, tiny
 
+from abc_plugin.attention.attach import attach
 from abc_plugin.attention.layers import attention_layers, is_full, target_layer
 from abc_plugin.attention.matrix import rerun_eager_row, rerun_eager_rows
 from abc_plugin.attention.positions import score_positions
@@ -68,7 +70,7 @@ def test_the_table_in_the_repository_is_of_these_families():
 def test_the_table_is_wide_enough():
     assert len({FAMILIES[name].model_type for name in READ}) >= 25
     assert {FAMILIES[name].what for name in FAMILIES if name not in READ} >= {"no attention", "encoder-decoder"}
-    assert [int(mask.sum()) for mask in PADDINGS.values()] == [26, 26, 36, 3]
+    assert [int(mask.sum()) for mask in (parity.RIGHT, parity.LEFT, parity.NONE, parity.ONE)] == [26, 26, 36, 3]
 
 
 LAST_FULL = {"qwen3_next": 1, "qwen3_5": 1, "jamba": 1, "bamba": 1, "nemotron_h": 0, "granitemoehybrid": 1, "lfm2": 1}
@@ -85,8 +87,10 @@ def test_full_windowed_and_local_layers_are_told_apart():
 
 
 def read(model, implementation, recovery, mask, **feed):
-    with cpu_flash():
-        return parity.recovered(use_implementation(model, implementation), "last", recovery, mask, **feed)
+    reader = attach(use_implementation(model, implementation), "last", recovery)
+    with closing(reader), cpu_flash(), torch.no_grad(), reader.record(mask) as recording:
+        model(attention_mask=mask, **feed)
+    return recording.row_BS
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2", "eager"])

@@ -8,9 +8,9 @@ from transformers.models.llama.modeling_llama import LlamaConfig, LlamaModel, Ll
 
 from abc_plugin.attention.positions import score_positions
 from abc_plugin.tools.bench.families import COMMON, FAMILIES, WINDOW, tiny
-from abc_plugin.tools.bench.parity import LEFT, NONE, ONE, PADDINGS, RIGHT, accepted_inputs, inputs
+from abc_plugin.tools.bench.parity import LEFT, NONE, ONE, RIGHT, accepted_inputs, inputs
 
-__all__ = ["COMMON", "FAMILIES", "LEFT", "NONE", "ONE", "PADDINGS", "RIGHT", "WINDOW"]
+__all__ = ["COMMON", "FAMILIES", "LEFT", "NONE", "ONE", "RIGHT", "WINDOW"]
 __all__ += ["PackedRewardModel", "RewardModel", "Scored", "inputs", "tiny", "tiny_reward_model"]
 
 

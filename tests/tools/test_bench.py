@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -39,9 +40,17 @@ def test_variants_run_what_they_say_and_leave_the_model_as_it_was(monkeypatch):
         lambda part, args, options: seen.append((part.config._attn_implementation, "output_attentions" in options)),
         with_kwargs=True,
     )
-    recorded, inner = [], cost._recorded
-    monkeypatch.setattr(cost, "_recorded", lambda reader, *args: recorded.append((reader, inner(reader, *args))))
-    result = measure(model, batch=2, tokens=8, repeats=3)
+    recorded, inner, steps = [], cost.record, []
+
+    @contextmanager
+    def record(readers, mask):
+        with inner(readers, mask) as recordings:
+            yield recordings
+        recorded.append((readers["attention"], recordings["attention"].row_BS))
+
+    monkeypatch.setattr(cost, "record", record)
+    result = measure(model, batch=2, tokens=8, repeats=3, advance=lambda: steps.append(1))
+    assert len(steps) == len(VARIANTS) * 4
     assert {variant: len(values) for variant, values in result.seconds.items()} == dict.fromkeys(VARIANTS, 3)
     # of each, one for memory; of plain and credit, one for operations
     assert seen.count(("sdpa", False)) == 14 and seen.count(("eager", True)) == 4

@@ -14,7 +14,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -37,6 +37,7 @@ from abc_plugin.attention.readers import attach_readers, record, rows
 from abc_plugin.errors import UserError
 
 Forward = Callable[[], object]
+Read = tuple[dict[str, Tensor], Any]  # rows by need, and what the model returned
 # Sets the model up for a forward, yields the forward, and leaves the model as it was.
 Variant = Callable[[PreTrainedModel, dict[str, Tensor]], AbstractContextManager[Forward]]
 
@@ -59,9 +60,12 @@ def _eager(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Iterator[Forwar
 
 
 @contextmanager
-def _row(recovery: str, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Iterator[Forward]:
-    with closing(attach(model, recovery=recovery)) as reader:
-        yield lambda: _recorded(reader, model, inputs)
+def _evidence(
+    need: str, model: PreTrainedModel, inputs: dict[str, Tensor], recovery: str = "auto"
+) -> Iterator[Forward]:
+    """What a method reads of the reward model."""
+    with reading(model, {need}, recovery=recovery) as forward:
+        yield lambda: forward(**inputs)
 
 
 @contextmanager
@@ -69,35 +73,37 @@ def _policy_rows(which: str, model: PreTrainedModel, inputs: dict[str, Tensor]) 
     """What the policy attended to while it generated; the second half of the text is its response."""
     batch, tokens = inputs["input_ids"].shape
     acts_BA = torch.arange(tokens - 1, device=model.device).expand(batch, -1) >= tokens // 2
+
+    def forward() -> Tensor:
+        with reader.record(inputs["attention_mask"], queries_BS=generating_rows(which, acts_BA)) as recording:
+            model(**inputs)
+        return recording.row_BS
+
     with closing(attach(model)) as reader:
-        yield lambda: _recorded(reader, model, inputs, queries_BS=generating_rows(which, acts_BA))
-
-
-def _recorded(reader: Any, model: PreTrainedModel, inputs: dict[str, Tensor], **options: Tensor) -> Tensor:
-    with reader.record(inputs["attention_mask"], **options) as recording:
-        model(**inputs)
-    return recording.row_BS
+        yield forward
 
 
 @contextmanager
-def _evidence(need: str, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Iterator[Forward]:
-    """What a method reads of the reward model."""
-    readers = attach_readers(model, {need})
+def reading(model: nn.Module, needs: Collection[str], **options: str) -> Iterator[Callable[..., Read]]:
+    """Within the block, a forward of the model that also reads ``needs``; options: of ``attach_readers``."""
+    readers = attach_readers(model, needs, **options)
 
-    def forward() -> object:
+    def forward(**inputs: Any) -> Read:
         with record(readers, inputs["attention_mask"]) as recordings:
-            model(**inputs)
-        return rows(recordings)
+            output = model(**inputs)
+        return rows(recordings), output
 
-    yield forward
-    for reader in readers.values():
-        reader.close()
+    try:
+        yield forward
+    finally:
+        for reader in readers.values():
+            reader.close()
 
 
 RECOVERY: dict[str, Variant] = {
     PLAIN: _plain,
-    CREDIT: partial(_row, "auto"),
-    RERUN: partial(_row, "eager-rerun"),
+    CREDIT: partial(_evidence, "attention"),
+    RERUN: partial(_evidence, "attention", recovery="eager-rerun"),
     EAGER: _eager,
 }
 METHODS: dict[str, Variant] = {
@@ -109,6 +115,8 @@ METHODS: dict[str, Variant] = {
     "abc_d": partial(_policy_rows, "policy"),
     "abc_d2": partial(_policy_rows, "policy_last"),
 }
+RANDOM = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
+RANDOM |= {"num_labels": 1, "pad_token_id": 0}
 # Torch counts none of sdpa's CPU kernel, which the eager variants replace.
 COUNTED = (PLAIN, CREDIT, "abc")
 
@@ -143,14 +151,21 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--tokens, --batch and --repeats must be at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = _load(AutoModel if recovery else AutoModelForSequenceClassification, args.model, dtype).to(device).eval()
+    auto = AutoModel if recovery else AutoModelForSequenceClassification
+    if args.model is None:  # flash kernels have no fp32
+        model = auto.from_config(LlamaConfig(**RANDOM), dtype=dtype)
+    else:
+        model = load(auto, args.model, num_labels=1)
+    model = model.to(device).eval()
     with closing(attach(model)) as reader:
         notes = [f"credit: {reader.describe()}; eager, all layers: output_attentions=True"]
     if not recovery:
         notes = ["abc_d and abc_d2 are read of the policy's own forward, over the second half as its response"]
     variants = RECOVERY if recovery else METHODS
-    sizes = tqdm([*itertools.product(args.batch, args.tokens)], unit="size", leave=False, disable=None)
-    costs = [measure(model, batch, tokens, args.repeats, variants) for batch, tokens in sizes]
+    sizes = [*itertools.product(args.batch, args.tokens)]
+    total = len(sizes) * len(variants) * (1 + args.repeats)
+    with tqdm(total=total, unit="variant", leave=False, disable=None) as bar:
+        costs = [measure(model, *size, args.repeats, variants, bar.update) for size in sizes]
     console = Console()
     console.print(_table(costs, variants, device))
     notes.append(
@@ -164,22 +179,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(auto: Any, path: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    """The model at ``path`` as it was saved, or a random one in ``dtype``: flash kernels have no fp32."""
-    if path is None:
-        sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
-        return auto.from_config(LlamaConfig(num_labels=1, pad_token_id=0, **sizes)).to(dtype)
+def load(auto: Any, path: str, **options: Any) -> Any:
+    """The model, or what else the class loads, at ``path``. Raises UserError."""
     try:
-        return auto.from_pretrained(path, num_labels=1)
+        return auto.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {path} does not load: {str(error).splitlines()[0]}") from None
 
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, batch: int, tokens: int, repeats: int, variants: dict[str, Variant] = RECOVERY
+    model: PreTrainedModel,
+    batch: int,
+    tokens: int,
+    repeats: int,
+    variants: dict[str, Variant] = RECOVERY,
+    advance: Callable[[], object] = lambda: None,
 ) -> Cost:
-    """All variants of one size, on random ids; over the rounds, each follows each other one equally often."""
+    """All variants of one size, on random ids; over the rounds, each follows each other one equally often.
+
+    advance: called after each variant of the warm-up and of every round.
+    """
     ids = torch.randint(1, model.config.get_text_config().vocab_size, (batch, tokens), device=model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     peak, operations = {}, {}
@@ -191,12 +211,14 @@ def measure(
                 peak[name] = peak_bytes(forward, model.device)
         except torch.OutOfMemoryError:
             operations.pop(name, None)
+        advance()
     seconds: dict[str, list[float]] = {name: [] for name in peak}
     for turn in range(repeats):
         for name in in_turn([*variants], turn):
             if name in seconds:
                 with variants[name](model, inputs) as forward:
                     seconds[name].append(seconds_of(forward, model.device))
+            advance()
     return Cost(batch, tokens, seconds, peak, operations)
 
 

@@ -5,8 +5,9 @@ Only the two kernels are replaced; masks, unpadding, packing and options go thro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import transformers.modeling_flash_attention_utils as flash_utils
@@ -21,62 +22,68 @@ def use_implementation(model: nn.Module, name: str) -> nn.Module:
     return model
 
 
+def cpu_flash() -> AbstractContextManager[list[str]]:
+    """Replace the kernels by their definition, as ``flash_kernels`` does."""
+    return flash_kernels(dense_of(flash_attn_varlen_func), flash_attn_varlen_func)
+
+
 @contextmanager
-def cpu_flash() -> Iterator[list[str]]:
-    """Replace the kernels; yields the names of the kernels as they are called."""
+def flash_kernels(dense: Callable[..., Tensor], varlen: Callable[..., Tensor]) -> Iterator[list[str]]:
+    """Let transformers' flash path call these two, of flash-attn's signatures; what they do not take is not passed.
+
+    Yields which of the two are called, "dense" or "varlen", as the calls come.
+    """
     called: list[str] = []
 
-    def flash_attn_func(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        dropout_p: float = 0.0,
-        softmax_scale: float | None = None,
-        causal: bool = False,
-        window_size: tuple[int, int] = (-1, -1),
-        softcap: float = 0.0,
-        s_aux: Tensor | None = None,
-    ) -> Tensor:
-        called.append("dense")
-        options = (softmax_scale, causal, window_size, softcap, s_aux)
-        return torch.stack([attend(*sequence, *options) for sequence in zip(q, k, v, strict=True)])
+    def noted(name: str, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(kernel)  # transformers passes only what the signature names
+        def call(*args: object, **options: object) -> Tensor:
+            called.append(name)
+            return kernel(*args, **options)
 
-    def flash_attn_varlen_func(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        dropout_p: float = 0.0,
-        softmax_scale: float | None = None,
-        causal: bool = False,
-        window_size: tuple[int, int] = (-1, -1),
-        softcap: float = 0.0,
-        s_aux: Tensor | None = None,
-    ) -> Tensor:
-        called.append("varlen")
-        lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
-        sequences = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
-        options = (softmax_scale, causal, window_size, softcap, s_aux)
-        return torch.cat([attend(*sequence, *options) for sequence in sequences])
+        return call
 
-    with flash_kernels(flash_attn_func, flash_attn_varlen_func):
-        yield called
-
-
-@contextmanager
-def flash_kernels(dense: Callable[..., Tensor], varlen: Callable[..., Tensor]) -> Iterator[None]:
-    """Let transformers' flash path call these two, of flash-attn's signatures; what they do not take is not passed."""
-    kernels = (dense, varlen, None, flash_utils._pad_input, flash_utils._unpad_input)
-    options_of = flash_utils._lazy_define_process_function(varlen)
+    padding = (None, flash_utils._pad_input, flash_utils._unpad_input)
+    kernels = (noted("dense", dense), noted("varlen", varlen), *padding)
+    options_of = flash_utils._lazy_define_process_function(kernels[1])
     original = flash_utils.lazy_import_flash_attention
     flash_utils.lazy_import_flash_attention = lambda implementation, *args, **kwargs: (kernels, options_of)
     try:
-        yield
+        yield called
     finally:
         flash_utils.lazy_import_flash_attention = original
+
+
+def dense_of(varlen: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The kernel for batches without padding, q (B, S, H, D), by that for streams of sequences."""
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
+        batch, length = q.shape[:2]
+        starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * length
+        streams = (x.flatten(0, 1) for x in (q, k, v))
+        return varlen(*streams, starts, starts, length, length, **options).unflatten(0, (batch, length))
+
+    return dense
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """flash-attn's kernel for streams of sequences, each by ``attend``."""
+    lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    sequences = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
+    return torch.cat([attend(*each, softmax_scale, causal, window_size, softcap, s_aux) for each in sequences])
 
 
 def attend(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from abc_plugin.errors import UserError
-from abc_plugin.tools.bench.cpu_flash import cpu_flash, flash_kernels
+from abc_plugin.tools.bench.cpu_flash import cpu_flash, dense_of, flash_kernels
 
 SDPA, SDPA_FLASH, VARLEN = "sdpa", "sdpa, flash backend", "torch varlen"
 PACKAGES = {  # name: the module that has flash_attn_func and flash_attn_varlen_func
@@ -42,9 +41,11 @@ def running(kernel: str, device: torch.device, needs: str | None = None) -> Iter
         elif device.type == "cpu":
             takes, calls = {"softcap", "s_aux"}, stack.enter_context(cpu_flash())
         else:
-            dense, varlen = functions_of(kernel)
-            takes = {*inspect.signature(varlen).parameters}
-            stack.enter_context(flash_kernels(_counted(dense, calls), _counted(varlen, calls)))
+            functions = functions_of(kernel)
+            takes, calls = (
+                {*inspect.signature(functions[1]).parameters},
+                stack.enter_context(flash_kernels(*functions)),
+            )
         if needs and not OPTIONS[needs] & takes:
             raise UserError(f"{kernel} drops {needs}: another model than in eager attention")
         try:
@@ -58,21 +59,12 @@ def running(kernel: str, device: torch.device, needs: str | None = None) -> Iter
 def functions_of(kernel: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """The kernel for batches without padding, and that for streams of sequences. Raises UserError."""
     if kernel == VARLEN:
-        return torch_dense, torch_varlen
+        return dense_of(torch_varlen), torch_varlen
     try:
         module = importlib.import_module(PACKAGES[kernel])
         return module.flash_attn_func, module.flash_attn_varlen_func
     except (ImportError, AttributeError) as error:
         raise UserError(f"{kernel} is not installed: {error}") from None
-
-
-def _counted(function: Callable[..., Tensor], calls: list[str]) -> Callable[..., Tensor]:
-    @functools.wraps(function)  # transformers passes only what the signature names
-    def counted(*args: object, **kwargs: object) -> Tensor:
-        calls.append(function.__name__)
-        return function(*args, **kwargs)
-
-    return counted
 
 
 def torch_varlen(
@@ -98,11 +90,3 @@ def torch_varlen(
     if "is_causal" in inspect.signature(varlen_attn).parameters:  # PyTorch 2.10
         return varlen_attn(q, k, v, *lengths, is_causal=causal)
     return varlen_attn(q, k, v, *lengths, window_size=(-1, 0) if causal else (-1, -1))
-
-
-def torch_dense(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, causal: bool = False) -> Tensor:
-    """The same for batches without padding: q (B, S, H, D)."""
-    batch, length = q.shape[:2]
-    starts = torch.arange(batch + 1, device=q.device) * length
-    flat = (x.flatten(0, 1) for x in (q, k, v))
-    return torch_varlen(*flat, starts, starts, length, length, softmax_scale, causal).view_as(q)

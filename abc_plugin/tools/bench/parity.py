@@ -27,7 +27,6 @@ RIGHT = torch.tensor([[1] * 9 + [0] * 3, [1] * 5 + [0] * 7, [1] * 12])
 LEFT = RIGHT.flip(1)
 NONE = torch.ones(3, 12, dtype=torch.long)
 ONE = torch.tensor([[0] * 11 + [1], [1] + [0] * 11, [0] * 5 + [1] + [0] * 6])
-PADDINGS = {"right": RIGHT, "left": LEFT, "none": NONE, "one_token": ONE}
 PADDED = torch.cat([RIGHT, LEFT, ONE])
 
 # In bf16 two kernels' rounding makes the layers' inputs differ, whatever reads the row. Large weights blow that up,
@@ -74,14 +73,6 @@ def accepted_inputs(model: nn.Module, mask_BS: Tensor) -> dict[str, Tensor]:
     takes = set(inspect.signature(type(model).forward).parameters)
     takes -= {"position_ids"} if type(model).__name__ == "OPTModel" else set()
     return {name: value for name, value in inputs(mask_BS).items() if name in takes}
-
-
-def recovered(model: nn.Module, layer: str, recovery: str, mask_BS: Tensor, **feed: Tensor) -> Tensor:
-    """The row of one forward."""
-    with closing(attach(model, layer, recovery)) as reader:
-        with torch.no_grad(), reader.record(mask_BS) as recording:
-            model(attention_mask=mask_BS, **feed)
-        return recording.row_BS
 
 
 def check(family: str, device: str = "cpu") -> Parity:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
 from abc_plugin.errors import UserError
+from abc_plugin.tools.bench.cost import load
 
 TURNS = 8  # texts of a client in a round
 
@@ -34,11 +35,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--clients, --batch, --tokens and --repeats must be at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = "bf16" if device.type == "cuda" else "fp32"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-        model = AutoModel.from_pretrained(args.model, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[name])
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {args.model} does not load: {str(error).splitlines()[0]}") from None
+    tokenizer = load(AutoTokenizer, args.model, padding_side="left")
+    model = load(AutoModel, args.model, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[name])
     model, texts = model.to(device).eval(), _texts(tokenizer, args.clients, args.tokens)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     parts = [texts[start : start + args.batch] for start in range(0, len(texts), args.batch)]

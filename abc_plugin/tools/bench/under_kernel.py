@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel
 
 from abc_plugin.attention.matrix import rerun_eager_row
 from abc_plugin.attention.positions import score_positions
-from abc_plugin.attention.readers import attach_readers, record, rows
+from abc_plugin.tools.bench.cost import Read, reading
 from abc_plugin.tools.bench.cpu_flash import use_implementation
 from abc_plugin.tools.bench.kernels import running
 from abc_plugin.tools.bench.parity import BF16, FP32, difference, distance, inputs
@@ -69,16 +69,10 @@ def batch(tokens: int, padded: bool, device: torch.device) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in {**inputs(mask_BS), "attention_mask": mask_BS}.items()}
 
 
-def read(model: Scored, feed: dict[str, Tensor], *needs: str, **options: str) -> tuple[dict[str, Tensor], Tensor]:
-    """(rows by need, scores) of one forward; options: as ``attach_readers``."""
-    readers = attach_readers(model, needs, **options)
-    try:
-        with record(readers, feed["attention_mask"]) as recordings:
-            score_B = model(**feed)
-        return rows(recordings), score_B
-    finally:
-        for reader in readers.values():
-            reader.close()
+def read(model: Scored, feed: dict[str, Tensor], *needs: str, **options: str) -> Read:
+    """One forward, read as by ``cost.reading``."""
+    with reading(model, needs, **options) as forward:
+        return forward(**feed)
 
 
 @torch.no_grad()

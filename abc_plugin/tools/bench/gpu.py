@@ -9,15 +9,16 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -25,62 +26,68 @@ import torch
 
 from abc_plugin import __version__
 from abc_plugin.errors import UserError
-from abc_plugin.tools.bench.gpu_rows import ERROR, FAILS, NOT_RUN, Row, all_rows
+from abc_plugin.tools.bench.gpu_rows import ERROR, FAILS, NOT_RUN, Row, all_rows, answer
 
 PACKAGES = ("torch", "transformers", "openrlhf", "deepspeed", "peft", "bitsandbytes", "flash-attn", "ray")
+PROCESSES = multiprocessing.get_context("spawn")
 STARTUP = 120  # seconds in which a process imports everything
+Worker = tuple[BaseProcess, Connection]
 
 
-def measure(rows: dict[int, Row], device: str, out: Path, minutes: float) -> Iterator[dict[str, Any]]:
-    """Of each row: part, name, status, figures, why, seconds.  rows: by their index in ``all_rows``.  out: is made."""
+def measure(rows: list[Row], device: str, out: Path, minutes: float) -> Iterator[dict[str, Any]]:
+    """Of each row: part, name, status, figures, why, seconds.  out: a directory that the rows share, made here."""
     out.mkdir(parents=True)
-    end, process, part = time.monotonic() + 60 * minutes, None, ""
-    for index, row in rows.items():
-        start, file = time.monotonic(), out / f"{index}.json"
-        if start >= end:
-            result = _no_answer(NOT_RUN, f"the {minutes:g} minutes were over")
-        else:
-            limit = row.seconds
-            if row.part != part:
-                _stop(process)
-                process = _start(device, out, [i for i in rows if i >= index and rows[i].part == row.part])
-                limit += STARTUP
-            result = _answer(process, file, min(limit, end - start))
-            part = row.part if file.exists() else ""  # or another process goes on
-        yield {"part": row.part, "name": row.name, **result, "seconds": round(time.monotonic() - start, 1)}
-    _stop(process)
+    end, worker, part = time.monotonic() + 60 * minutes, None, ""
+    try:
+        for row in rows:
+            start = time.monotonic()
+            if start >= end:
+                result = _no_answer(NOT_RUN, f"the {minutes:g} minutes were over")
+            else:
+                limit = row.seconds
+                if row.part != part or not worker[0].is_alive():
+                    _stop(worker)
+                    worker, part, limit = _start(device, out), row.part, limit + STARTUP
+                result = _ask(worker, row, min(limit, end - start))
+            yield {"part": row.part, "name": row.name, **result, "seconds": round(time.monotonic() - start, 1)}
+    finally:
+        _stop(worker)
 
 
-def _start(device: str, out: Path, indices: list[int]) -> subprocess.Popen:
-    words = ["-m", "abc_plugin.tools.bench.gpu_rows", device, str(out), *map(str, indices)]
-    with open(out.with_name("gpu.log"), "ab") as log:
-        return subprocess.Popen([sys.executable, *words], stdout=log, stderr=log, start_new_session=True)
+def _start(device: str, out: Path) -> Worker:
+    here, there = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=answer, args=(there, device, out), daemon=True)
+    process.start()
+    there.close()
+    return process, here
 
 
-def _answer(process: subprocess.Popen, file: Path, seconds: float) -> dict[str, Any]:
-    """What the process writes within these seconds, or why there is nothing."""
-    end = time.monotonic() + seconds
-    while True:
-        ended = process.poll() is not None
-        if file.exists():
-            return json.loads(file.read_text(encoding="utf-8"))
-        if ended:
-            return _no_answer(ERROR, f"its process ended with status {process.returncode}; see gpu.log")
-        if time.monotonic() > end:
-            return _no_answer(NOT_RUN, f"stopped after {seconds:.0f} s")
-        time.sleep(0.1)
+def _ask(worker: Worker, row: Row, seconds: float) -> dict[str, Any]:
+    """What the process answers within these seconds; else it is ended, and this says why there is nothing."""
+    process, pipe = worker
+    try:
+        pipe.send(row)
+        if pipe.poll(seconds):
+            return pipe.recv()
+        _stop(worker)
+        return _no_answer(NOT_RUN, f"stopped after {seconds:.0f} s")
+    except (EOFError, OSError):
+        process.join()
+        return _no_answer(ERROR, f"its process ended with status {process.exitcode}; see gpu.log")
 
 
 def _no_answer(status: str, why: str) -> dict[str, Any]:
     return {"status": status, "figures": {}, "why": why}
 
 
-def _stop(process: subprocess.Popen | None) -> None:
+def _stop(worker: Worker | None) -> None:
     """End it, with the commands that it started."""
-    if process:
+    if worker:
+        process, _ = worker
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
 
 
 def machine(device: str) -> dict[str, str]:
@@ -107,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the table while it is made, and write it; 1 where a claim fails or a row ends in an error."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch finds no CUDA device; --device cpu tries the script on tiny models")
-    rows = {i: row for i, row in enumerate(all_rows(args.device)) if args.rows in f"{row.part}: {row.name}"}
+    rows = [row for row in all_rows(args.device) if args.rows in f"{row.part}: {row.name}"]
     if not rows:
         raise UserError(f"--rows {args.rows!r} is in no row's name")
     out, about = Path(args.out), machine(args.device)

@@ -1,24 +1,20 @@
-"""The rows of ``abc-rlhf bench gpu``, and the process that measures them.
-
-``python -m abc_plugin.tools.bench.gpu_rows DEVICE DIRECTORY INDEX …`` measures these rows in turn and writes what
-``measured`` returns to DIRECTORY/INDEX.json.
-"""
+"""The rows of ``abc-rlhf bench gpu``: what is measured, and what is claimed of it."""
 
 from __future__ import annotations
 
-import json
-import sys
+import contextlib
+import os
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from abc_plugin.errors import CreditError, UserError
 from abc_plugin.tools.bench import cost, gpu_runs, parity, under_kernel
@@ -146,10 +142,9 @@ def _family(family: str, device: str, _: Path) -> Found:
 
 def _cost(name: str, tokens: int, device: str, _: Path) -> Found:
     shape = SIZES[device].cost[name]
-    config = LlamaConfig(**shape, num_labels=1, pad_token_id=0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype).eval()
+        model = gpu_runs.random_model("reward_model", shape, dtype).eval()
     variants = cost.RECOVERY | {"abc_signed": cost.METHODS["abc_signed"]}
     result = cost.measure(model, 1, tokens, SIZES[device].repeats, variants)
     seconds, peak, operations = (getattr(result, what) for what in ("seconds", "peak", "operations"))
@@ -207,14 +202,12 @@ def measured(row: Row, device: str, out: Path) -> dict[str, Any]:
     return {"status": status, "figures": {}, "why": why.splitlines()[0]}
 
 
-def main(device: str, out: str, *indices: str) -> None:
-    """Measure rows; see the module's text."""
-    for index in indices:
-        answer = measured(all_rows(device)[int(index)], device, Path(out))
-        written = Path(out, f"{index}.part")
-        written.write_text(json.dumps(answer), encoding="utf-8")
-        written.rename(written.with_suffix(".json"))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def answer(pipe: Connection, device: str, out: Path) -> None:
+    """The process that measures: it sends what ``measured`` says of each row that it gets, and prints to gpu.log."""
+    os.setsid()  # so that the commands that it starts end with it
+    log = os.open(out.with_name("gpu.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    with contextlib.suppress(EOFError):
+        while True:
+            pipe.send(measured(pipe.recv(), device, out))

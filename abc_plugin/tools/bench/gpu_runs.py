@@ -9,42 +9,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from abc_plugin.errors import UserError
 
-HEADED = {"policy": LlamaForCausalLM, "reward_model": LlamaForSequenceClassification}
+HEADED = {"policy": AutoModelForCausalLM, "reward_model": AutoModelForSequenceClassification}
 PARTS = ("step", "generate", "score", "experience", "update")  # of summary.json's timing
 LETTERS = [*range(0x4E00, 0xA000), *range(0xAC00, 0xD7A4)]  # enough for a token each, all of them letters
 
 
-def random_checkpoint(out: Path, kind: str, shape: dict[str, Any], device: str) -> Path:
-    """A llama checkpoint with random bf16 weights, a file per tensor: the model as a whole is never in memory.
-
-    kind: of HEADED.  Its tokenizer has a letter per token, so that texts of known length can be drawn.
-    """
-    if (out / "model.safetensors.index.json").exists():
-        return out
+def random_model(kind: str, shape: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """A llama with random weights.  kind: of HEADED."""
     config = LlamaConfig(**shape, num_labels=1, pad_token_id=0, bos_token_id=None, eos_token_id=1)
-    with torch.device("meta"):
-        skeleton = HEADED[kind](config)
-    config.architectures, weight_map = [HEADED[kind].__name__], {}
-    config.save_pretrained(out)
-    tokens = ["<pad>", "</s>", "<unk>", *map(chr, LETTERS)][: config.vocab_size]
+    return HEADED[kind].from_config(config, dtype=dtype)
+
+
+def random_checkpoint(out: Path, kind: str, shape: dict[str, Any], device: str) -> Path:
+    """A ``random_model`` in bf16 with a tokenizer that has a letter per token, so that texts of known length can be
+    drawn."""
+    if (out / "tokenizer.json").exists():
+        return out
+    with torch.device(device):
+        model = random_model(kind, shape, torch.bfloat16)
+    model.save_pretrained(out, max_shard_size="2GB")  # a shard at a time goes through this machine's own memory
+    del model
+    torch.cuda.empty_cache()  # for the command that trains it
+    tokens = ["<pad>", "</s>", "<unk>", *map(chr, LETTERS)][: shape["vocab_size"]]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.decoder = decoders.Fuse()
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(out)
-    for i, (name, tensor) in enumerate(skeleton.state_dict().items()):
-        weight_map[name] = f"model-{i:05}.safetensors"
-        value = torch.randn(tensor.shape, device=device) * config.initializer_range
-        value = torch.ones_like(value) if "norm" in name else value
-        save_file({name: value.bfloat16().cpu()}, out / weight_map[name], metadata={"format": "pt"})
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index))
     return out
 
 

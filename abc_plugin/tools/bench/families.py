@@ -54,6 +54,7 @@ MAMBA = {  # by the names of its several implementations
     "chunk_size": 8,
     "mamba_chunk_size": 8,
 }
+HYBRID = {"layers_block_type": ["linear_attention", "hybrid", "linear_attention"]}
 DELTA = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,
@@ -61,7 +62,12 @@ DELTA = {
     "linear_value_head_dim": 8,
 }
 ENDS_SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], **SLIDES}
+ENDS_CHUNKED = {"layer_types": ["chunked_attention", "full_attention", "chunked_attention"]}
+ENDS_CONV = {"layer_types": ["full_attention", "full_attention", "conv"]}
 ENDS_LINEAR = {"layer_types": ["full_attention", "full_attention", "linear_attention"]}
+PER_LAYER = {"head_dim": 4, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}
+SOFTCAP = {"attn_logit_softcapping": 2.0}
+DISENTANGLED = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 SDPA, FLASH, EAGER = "sdpa", "flash_attention_2", "eager"
 ALL, NO_SDPA, ONLY_EAGER = (SDPA, FLASH, EAGER), (FLASH, EAGER), (EAGER,)
 
@@ -84,10 +90,7 @@ FAMILIES: dict[str, Family] = {
     "llama_no_gqa": Family("llama", {"num_key_value_heads": 4}, what="one key head per query head"),
     "llama_one_key_head": Family("llama", {"num_key_value_heads": 1}, what="one key head"),
     "llama4": Family(
-        "llama4_text",
-        {"attention_chunk_size": WINDOW, "layer_types": ["chunked_attention", "full_attention", "chunked_attention"]},
-        (SDPA, EAGER),
-        what="last layer chunked",
+        "llama4_text", {"attention_chunk_size": WINDOW, **ENDS_CHUNKED}, (SDPA, EAGER), what="last layer chunked"
     ),
     "qwen2": Family("qwen2"),
     "qwen2_window": Family("qwen2", {"use_sliding_window": True, "max_window_layers": 1, **SLIDES}, what="window"),
@@ -98,41 +101,19 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5": Family("qwen3_5_text", {**DELTA, **ENDS_LINEAR}, what="last layer linear"),
     "mistral": Family("mistral", {"sliding_window": None}),
     "mistral_window": Family("mistral", SLIDES, what="window in every layer"),
-    "ministral": Family("ministral", {**ENDS_SLIDING}, what="last layer sliding"),
+    "ministral": Family("ministral", ENDS_SLIDING, what="last layer sliding"),
     "mistral3": Family("ministral3"),
     "mistral4": Family("mistral4", {**LATENT, "head_dim": 16}, what="latent attention"),
     "mixtral": Family("mixtral", {"sliding_window": None}),
     "gemma": Family("gemma"),
-    "gemma2": Family(
-        "gemma2",
-        {"query_pre_attn_scalar": 1, "attn_logit_softcapping": 2.0, **SLIDES},
-        NO_SDPA,
-        (SDPA,),
-        "softcap, window",
-    ),
+    "gemma2": Family("gemma2", {"query_pre_attn_scalar": 1, **SOFTCAP, **SLIDES}, NO_SDPA, (SDPA,), "softcap, window"),
     "gemma3": Family("gemma3_text", {"query_pre_attn_scalar": 4, **ENDS_SLIDING}, what="last layer sliding"),
     "gemma4": Family(
-        "gemma4_text",
-        {
-            "initializer_range": 0.05,
-            "head_dim": 4,
-            "global_head_dim": 4,
-            "vocab_size_per_layer_input": 64,
-            "hidden_size_per_layer_input": 8,
-            **ENDS_SLIDING,
-        },
-        what="window",
+        "gemma4_text", {"initializer_range": 0.05, "global_head_dim": 4, **PER_LAYER, **ENDS_SLIDING}, what="window"
     ),
     "gemma3n": Family(
         "gemma3n_text",
-        {
-            "num_kv_shared_layers": 0,
-            "head_dim": 4,
-            "laurel_rank": 4,
-            "vocab_size_per_layer_input": 64,
-            "hidden_size_per_layer_input": 8,
-            **ENDS_SLIDING,
-        },
+        {"num_kv_shared_layers": 0, "laurel_rank": 4, **PER_LAYER, **ENDS_SLIDING},
         what="last layer sliding",
     ),
     "phi": Family("phi"),
@@ -164,7 +145,7 @@ FAMILIES: dict[str, Family] = {
     "hunyuan_v1_dense": Family("hunyuan_v1_dense"),
     "hunyuan_v1_moe": Family("hunyuan_v1_moe"),
     "seed_oss": Family("seed_oss"),
-    "minimax": Family("minimax", {"layer_types": ["full_attention", "full_attention", "linear_attention"]}),
+    "minimax": Family("minimax", ENDS_LINEAR),
     "minimax_m2": Family("minimax_m2"),
     "nemotron": Family("nemotron"),
     "nemotron_h": Family(
@@ -173,18 +154,15 @@ FAMILIES: dict[str, Family] = {
         what="last layer experts",
     ),
     "falcon_h1": Family("falcon_h1", {"mamba_d_ssm": 64, **MAMBA}, what="beside Mamba"),
-    "lfm2": Family(
-        "lfm2", {"layer_types": ["full_attention", "full_attention", "conv"]}, what="last layer convolution"
-    ),
+    "lfm2": Family("lfm2", ENDS_CONV, what="last layer convolution"),
     "jamba": Family("jamba", {"attn_layer_period": 3, "attn_layer_offset": 1, **MAMBA}, what="last layer Mamba"),
     "bamba": Family("bamba", {"attn_layer_indices": [0, 1], **MAMBA}, what="last layer Mamba"),
     "gpt_oss": Family("gpt_oss", SLIDES, NO_SDPA, what="sinks, window"),
     "mimo_v2_flash": Family(
         "mimo_v2_flash", {"v_head_dim": 8, **ENDS_SLIDING}, NO_SDPA, what="sinks, last layer sliding"
     ),
-    "gpt2": Family(
-        "gpt2", exact=(SDPA, EAGER), only_bf16=(FLASH,)
-    ),  # in fp32 flash needs a torch Linear, gpt2 has none
+    # in fp32 flash needs a torch Linear, gpt2 has none
+    "gpt2": Family("gpt2", exact=(SDPA, EAGER), only_bf16=(FLASH,)),
     "gpt_bigcode": Family("gpt_bigcode"),
     "gpt_neox": Family("gpt_neox"),
     "opt": Family("opt", {"word_embed_proj_dim": 32, "ffn_dim": 48}),
@@ -194,20 +172,17 @@ FAMILIES: dict[str, Family] = {
     "bert": Family("bert", what="encoder"),
     "roberta": Family("roberta", {"max_position_embeddings": 80}, what="encoder"),
     "eurobert": Family("eurobert", what="encoder"),
-    "deberta": Family("deberta", {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}, ONLY_EAGER),
+    "deberta": Family("deberta", DISENTANGLED, ONLY_EAGER),
     "deberta_v2": Family(
         "deberta-v2",
-        {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8, "share_att_key": True},
+        {"position_buckets": 8, "share_att_key": True, **DISENTANGLED},
         ONLY_EAGER,
         what="also DeBERTa-v3",
     ),
     "bloom": Family("bloom", exact=ONLY_EAGER, what="alibi"),
     "mpt": Family("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 3}, ONLY_EAGER, what="alibi"),
     "falcon": Family(
-        "falcon",
-        {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
-        (SDPA, EAGER),
-        without=("head_dim",),
+        "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, (SDPA, EAGER), without=("head_dim",)
     ),
     "falcon_rw": Family("falcon", {"alibi": True, "multi_query": False}, (), (SDPA, EAGER), "alibi", ("head_dim",)),
     "gptj": Family("gptj", {"rotary_dim": 4, "n_inner": 48}, ONLY_EAGER),
@@ -216,13 +191,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "codegen": Family("codegen", {"rotary_dim": 4, "n_inner": 48}, ONLY_EAGER),
     "diffllama": Family("diffllama", exact=(), refused=ALL, what="difference of two softmaxes"),
-    "zamba2": Family(
-        "zamba2",
-        {"layers_block_type": ["linear_attention", "hybrid", "linear_attention"], **MAMBA},
-        (),
-        ALL,
-        "shared layer",
-    ),
+    "zamba2": Family("zamba2", {**HYBRID, **MAMBA}, (), ALL, "shared layer"),
     "mamba2": Family("mamba2", {"num_heads": 4, "head_dim": 16, "n_groups": 1}, (), ONLY_EAGER, "no attention"),
     "xlnet": Family("xlnet", {"d_head": 8}, (), ONLY_EAGER, "two streams", ("max_position_embeddings",)),
     "longformer": Family("longformer", {"attention_window": 4}, (), ONLY_EAGER, "sparse attention"),

@@ -163,7 +163,7 @@ def test_training_learns_a_label_that_one_word_tells_and_every_text_ends_in_eos(
     assert len(pairs) == 100 and all(ids[-1] == 50256 and len(ids) <= 64 for ids, _ in pairs)
     torch.manual_seed(0)
     model = GPT2ForSequenceClassification(other.gpt2_config(tokenizer, recipe))
-    other.train(model, corpus, tokenizer, recipe, quiet)
+    reward.train_whole(model, corpus, tokenizer, recipe, quiet)
     assert not model.training
     heldout = reviews(40, 9)
     ids = reward.encode([review.text for review in heldout], tokenizer, 24)

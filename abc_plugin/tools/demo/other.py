@@ -6,7 +6,7 @@ A GPT-2 of a few layers with its own tokenizer, trained from scratch on windows 
 from __future__ import annotations
 
 import json
-import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Tokenize
 
 from abc_plugin.tools.demo import reward
 from abc_plugin.tools.demo.recipe import OtherRecipe, package_files
-from abc_plugin.tools.demo.reviews import Corpus, cut_windows, read_corpus
+from abc_plugin.tools.demo.reviews import cut_windows, read_corpus
 from abc_plugin.tools.demo.smollm2 import save_model
 
 PAD = "<|pad|>"  # GPT-2 has none; were it EOS, transformers would read the score before the EOS and OpenRLHF at it
@@ -27,7 +27,9 @@ def build(part: Path, recipe: OtherRecipe, report: reward.Progress) -> dict[str,
     corpus = read_corpus(recipe)
     tokenizer = gpt2_tokenizer(recipe.positions)
     model = GPT2ForSequenceClassification(gpt2_config(tokenizer, recipe))
-    train(model, corpus, tokenizer, recipe, report)
+    options = {"weight_decay": recipe.weight_decay, "betas": (0.9, 0.98)}
+    training = partial(report, "training a GPT-2 from scratch")
+    reward.train_whole(model, corpus, tokenizer, recipe, training, **options)
 
     report("testing on held-out reviews", 0.0)
     windows = cut_windows(corpus.imdb, recipe.scale_windows, (40, 40), recipe.seed)
@@ -60,33 +62,3 @@ def gpt2_config(tokenizer: GPT2Tokenizer, recipe: OtherRecipe) -> GPT2Config:
         resid_pdrop=recipe.dropout,
         attn_pdrop=recipe.dropout,
     )
-
-
-def train(
-    model: GPT2ForSequenceClassification,
-    corpus: Corpus,
-    tokenizer: GPT2Tokenizer,
-    recipe: OtherRecipe,
-    report: reward.Progress,
-) -> None:
-    """One pass over windows of the reviews in batches of like length."""
-    windows = cut_windows(corpus.imdb, recipe.windows, recipe.window_words, recipe.seed)
-    pairs = reward.labelled(windows + corpus.rotten, tokenizer, recipe.positions - 1)
-    batches = reward.batches_by_length(pairs, recipe.batch, model.config.pad_token_id)
-    random.Random(recipe.seed).shuffle(batches)
-    model.train()
-    reward.train(
-        model.score,
-        lambda ids_NL: model.transformer(ids_NL, attention_mask=None, use_cache=False).last_hidden_state,
-        torch.optim.AdamW(
-            model.parameters(),
-            lr=recipe.learning_rate,
-            weight_decay=recipe.weight_decay,
-            betas=(0.9, 0.98),
-            fused=True,
-        ),
-        batches,
-        recipe.first_scored,
-        lambda share: report("training a GPT-2 from scratch", share),
-    )
-    model.eval()

@@ -27,49 +27,56 @@ PACKAGES = {
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Every number that decides what ``abc-rlhf prepare`` makes."""
+class _Reviews:
+    """What all recipes share: the split of the reviews, and how a reward model is trained and scaled."""
 
     seed: int = 0
     heldout_reviews: int = 1000  # IMDb reviews that no training text or training prompt comes from
     heldout_sentences: int = 500  # Rotten Tomatoes sentences, likewise
+    first_scored: int = 7  # every position from here on is trained to give the label
+    reward_std: float = 2.0  # after scaling the head: on completions, of other's on windows of 24 tokens
+
+
+@dataclass(frozen=True)
+class _Policy(_Reviews):
+    """What recipes with a policy share."""
+
     prompts: int = 4096
     heldout_prompts: int = 256
     prompt_tokens: tuple[int, int] = (4, 8)
+    completions: int = 256  # sampled from the policy to measure the reward's spread
+
+
+@dataclass(frozen=True)
+class Recipe(_Policy):
+    """Every number that decides what ``abc-rlhf prepare`` makes."""
+
     layers: int = 14  # of SmolLM2's 30; all but the last stay frozen
     windows: int = 4000  # training texts cut from as many IMDb reviews
     sentences: int = 8000  # training texts from Rotten Tomatoes (there are 8,030 besides the held-out)
     window_words: tuple[int, int] = (10, 40)
     window_tokens: int = 48  # longer texts are cut here
-    first_scored: int = 7  # every position from here on is trained to give the label
     epochs: int = 2
     batch: int = 16
     learning_rate: float = 7e-4
     head_learning_rate: float = 2e-3
-    completions: int = 256  # sampled from the policy to measure the reward's spread
     completion_tokens: int = 16
-    reward_std: float = 2.0  # on those completions, after scaling the head
 
 
 @dataclass(frozen=True)
-class OtherRecipe:
+class OtherRecipe(_Reviews):
     """Every number that decides what ``abc-rlhf prepare --other_reward_model`` makes."""
 
-    seed: int = 0
-    heldout_reviews: int = 1000  # the split of the embedded default: its held-out prompts come from these reviews
-    heldout_sentences: int = 500
     width: int = 128
     layers: int = 2
     heads: int = 4
     positions: int = 64
     windows: int = 96_000  # training texts cut from the IMDb reviews, several from each
     window_words: tuple[int, int] = (8, 44)
-    first_scored: int = 7
     batch: int = 64
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     dropout: float = 0.1
-    reward_std: float = 2.0  # on windows of 24 tokens, after scaling the head
     scale_windows: int = 1000
 
 
@@ -87,12 +94,9 @@ class LexiconRecipe:
 
 
 @dataclass(frozen=True)
-class SmallRecipe:
+class SmallRecipe(_Policy):
     """Every number that decides what ``abc-rlhf prepare --small_models`` makes."""
 
-    seed: int = 0
-    heldout_reviews: int = 1000
-    heldout_sentences: int = 500
     vocabulary: int = 4096
     width: int = 192
     layers: int = 4
@@ -104,15 +108,9 @@ class SmallRecipe:
     pretraining_rate: float = 3e-3
     windows: int = 12_000
     window_words: tuple[int, int] = (8, 60)
-    first_scored: int = 7
     batch: int = 32
     learning_rate: float = 1e-3
-    prompts: int = 4096
-    heldout_prompts: int = 256
-    prompt_tokens: tuple[int, int] = (4, 8)
-    completions: int = 256
     completion_tokens: int = 32
-    reward_std: float = 2.0  # on completions of 32 tokens, after scaling the head
 
 
 def recipe_hash(recipe: Any, versions: dict[str, str]) -> str:

@@ -7,7 +7,9 @@ Legend: N texts, L tokens of a padded text, D hidden size.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from abc_plugin.tools.demo.recipe import OtherRecipe, SmallRecipe
 from abc_plugin.tools.demo.reviews import Corpus, Review, cut_windows
 
 Progress = Callable[[str, float], None]  # what is happening, and the share done in [0, 1]
@@ -90,6 +93,28 @@ def train(
         schedule.step()
         if step % 20 == 0:
             report(step / steps)
+
+
+def train_whole(
+    model: PreTrainedModel,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: OtherRecipe | SmallRecipe,
+    report: Callable[[float], None],
+    **options: Any,
+) -> None:
+    """``train`` all of a model, one pass over windows of the reviews in batches of like length; options: of AdamW."""
+    windows = cut_windows(corpus.imdb, recipe.windows, recipe.window_words, recipe.seed)
+    pairs = labelled(windows + corpus.rotten, tokenizer, recipe.positions - 1)
+    batches = batches_by_length(pairs, recipe.batch, model.config.pad_token_id)
+    random.Random(recipe.seed).shuffle(batches)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, fused=True, **options)
+
+    def hidden(ids_NL: Tensor) -> Tensor:
+        return model.base_model(ids_NL, attention_mask=None, use_cache=False).last_hidden_state
+
+    train(model.train().score, hidden, optimizer, batches, recipe.first_scored, report)
+    model.eval()
 
 
 @torch.no_grad()

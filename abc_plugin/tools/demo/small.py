@@ -6,7 +6,7 @@ tell favourable ones. It continues for as long as it is asked, and a PPO step of
 
 from __future__ import annotations
 
-import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from abc_plugin.tools.demo import reward
 from abc_plugin.tools.demo.recipe import SmallRecipe
-from abc_plugin.tools.demo.reviews import Corpus, cut_windows, read_corpus
+from abc_plugin.tools.demo.reviews import Corpus, read_corpus
 from abc_plugin.tools.demo.smollm2 import complete, save_model, write_prompts
 
 END, PAD = "<|end|>", "<|pad|>"
@@ -31,7 +31,11 @@ def build(part: Path, recipe: SmallRecipe, report: reward.Progress) -> dict[str,
     heldout = write_prompts(part, corpus, tokenizer, recipe)
     policy = LlamaForCausalLM(llama_config(tokenizer, recipe))
     perplexity = pretrain(policy, corpus, tokenizer, recipe, report)
-    model = train_reward_model(policy, corpus, tokenizer, recipe, report)
+    model = LlamaForSequenceClassification(llama_config(tokenizer, recipe, num_labels=1))
+    model.model.load_state_dict(policy.model.state_dict())
+    torch.nn.init.zeros_(model.score.weight)
+    training = partial(report, "training the reward model")
+    reward.train_whole(model, corpus, tokenizer, recipe, training, weight_decay=0.1, betas=(0.9, 0.95))
 
     report("sampling completions", 0.0)
     reward_N = reward.scores(model, complete(policy.float(), heldout, tokenizer, recipe))
@@ -126,31 +130,3 @@ def next_token_loss(policy: LlamaForCausalLM, ids_NL: torch.Tensor) -> torch.Ten
     """Mean cross-entropy in nats per token."""
     logits_NLV = policy(ids_NL[:, :-1], use_cache=False).logits
     return cross_entropy(logits_NLV.flatten(0, 1).float(), ids_NL[:, 1:].flatten())
-
-
-def train_reward_model(
-    policy: LlamaForCausalLM,
-    corpus: Corpus,
-    tokenizer: PreTrainedTokenizerFast,
-    recipe: SmallRecipe,
-    report: reward.Progress,
-) -> LlamaForSequenceClassification:
-    """A copy of the policy with a score head, all of it trained on labelled windows of the reviews."""
-    model = LlamaForSequenceClassification(llama_config(tokenizer, recipe, num_labels=1))
-    model.model.load_state_dict(policy.model.state_dict())
-    torch.nn.init.zeros_(model.score.weight)
-    windows = cut_windows(corpus.imdb, recipe.windows, recipe.window_words, recipe.seed)
-    pairs = reward.labelled(windows + corpus.rotten, tokenizer, recipe.positions - 1)
-    batches = reward.batches_by_length(pairs, recipe.batch, model.config.pad_token_id)
-    random.Random(recipe.seed).shuffle(batches)
-    reward.train(
-        model.score,
-        lambda ids_NL: model.model(ids_NL, attention_mask=None, use_cache=False).last_hidden_state,
-        torch.optim.AdamW(
-            model.parameters(), lr=recipe.learning_rate, weight_decay=0.1, betas=(0.9, 0.95), fused=True
-        ),
-        batches,
-        recipe.first_scored,
-        lambda share: report("training the reward model", share),
-    )
-    return model

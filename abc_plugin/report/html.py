@@ -1,7 +1,9 @@
 """Pages: one self-contained file each, nothing from elsewhere, light and dark, one column on a phone.
 
 Templates stand beside their users: ``render("report/templates/table.html", …)``. Every value is escaped and made
-visible (``tokens.visible``) unless it is Markup, which only templates and the functions here make.
+visible (``tokens.visible``) unless it is Markup, which only templates and the functions here make. Every template may
+use ``table(…)``, ``tokens.completion(sample)``, a sample's tokens on backgrounds of their credit, and
+``tokens.legend(signed)``, what these mean.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from abc_plugin.report.samples import Sample
 from abc_plugin.report.tokens import COLD, HOT, SWATCHES, intensity, shown_tokens, visible
 
 
@@ -52,15 +53,6 @@ def table(
     return render("report/templates/table.html", header=header, rows=rows, numbers=numbers, kind=kind)
 
 
-def completion(sample: Sample) -> Markup:
-    """A sample's tokens on backgrounds of their credit, its numbers where one points at a token."""
-    return Markup(environment.get_template("report/templates/tokens.html").module.completion(sample))
-
-
-def legend(signed: bool) -> Markup:
-    """What the backgrounds and marks of tokens mean."""
-    return Markup(environment.get_template("report/templates/tokens.html").module.legend(signed))
-
-
 environment.globals |= {"hot": HOT, "cold": COLD, "swatches": SWATCHES, "intensity": intensity}
 environment.globals |= {"shown_tokens": shown_tokens, "table": table}
+environment.globals["tokens"] = tokens = environment.get_template("report/templates/tokens.html").module

@@ -43,7 +43,7 @@ DARK = Theme(
 GREY = "#888888"  # baselines
 LINES = ("-", "--", ":", "-.")
 MARKERS = "os^DvPX<>"
-SIGNED, SEQUENTIAL = "PuOr_r", "Blues"  # colour maps: orange above 0 and purple below; none to much
+SIGNED = "PuOr_r"  # colour map: orange above 0 and purple below
 PANEL_INCHES = (5.2, 3.1)
 SMALL = 8.5  # points, of captions
 

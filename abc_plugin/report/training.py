@@ -40,11 +40,8 @@ def fragment(records: list[Record]) -> Markup:
 
 def charts(record: Record) -> list[dict[str, Any]]:
     """Of the value and the advantage, what both need for an SVG: a bar per token from zero, colour by sign."""
-    return [chart(record.columns[name], what) for name, what in CHARTS if _numbers(record.columns.get(name, [])) > 1]
-
-
-def _numbers(values: list[float | None]) -> int:
-    return sum(value is not None for value in values)
+    drawn = ((record.columns.get(name, []), what) for name, what in CHARTS)
+    return [chart(values, what) for values, what in drawn if len(values) - values.count(None) > 1]
 
 
 def chart(values: list[float | None], what: str) -> dict[str, Any]:

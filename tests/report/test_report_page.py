@@ -27,7 +27,7 @@ from snapshots import assert_snapshot
 
 from abc_plugin import cli
 from abc_plugin.errors import UserError
-from abc_plugin.report.html import completion, legend
+from abc_plugin.report.html import tokens
 from abc_plugin.report.page import Content, draw_curves, render
 from abc_plugin.report.records import record_of
 from abc_plugin.report.samples import pair_up, read_samples, spread_over_ranks
@@ -117,14 +117,14 @@ def test_intensity_by_hand():
 
 @given(st.lists(st.floats(-0.5, 1.0).map(lambda x: round(x, 3)), min_size=1, max_size=40))
 def test_colour_is_monotone_in_credit_and_does_not_saturate(credit):
-    drawn = colours(completion(sample(tokens=["x"] * len(credit), credit=credit)))
+    drawn = colours(tokens.completion(sample(tokens=["x"] * len(credit), credit=credit)))
     ordered = [colour for _, colour in sorted(zip(credit, drawn, strict=True))]
     assert ordered == sorted(ordered)
     assert len(drawn) == len(credit) and len(set(drawn)) == len(set(credit))
 
 
 def test_pointing_at_a_token_shows_its_numbers():
-    html = completion(sample(tokens=["a", " b"], credit=[0.123, 0.877], reward=1.5))
+    html = tokens.completion(sample(tokens=["a", " b"], credit=[0.123, 0.877], reward=1.5))
     assert 'data-tip="“a” · credit 12.3 % (0.2 × uniform) · reward 1.50"' in html
     assert "credit 87.7 % (1.8 × uniform)" in html
 
@@ -152,13 +152,13 @@ def test_nothing_stays_invisible(token, shown):
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "</s>", "<eos>", "[SEP]", "<end_of_turn>"])
 def test_special_tokens_are_marked(token):
-    assert 'class="t special"' in completion(sample(tokens=[token, "x"]))
-    assert 'class="t special"' not in completion(sample(tokens=["<b>", "x"]))
+    assert 'class="t special"' in tokens.completion(sample(tokens=[token, "x"]))
+    assert 'class="t special"' not in tokens.completion(sample(tokens=["<b>", "x"]))
 
 
 def test_legend_shows_negative_credit_only_where_there_is_some():
-    assert colours(legend(signed=False))[: len(SWATCHES)] == sorted(round(intensity(r, 1), 4) for r in SWATCHES)
-    assert min(colours(legend(signed=False))) == 0 and min(colours(legend(signed=True))) < -0.5
+    assert colours(tokens.legend(signed=False))[: len(SWATCHES)] == sorted(round(intensity(r, 1), 4) for r in SWATCHES)
+    assert min(colours(tokens.legend(signed=False))) == 0 and min(colours(tokens.legend(signed=True))) < -0.5
 
 
 # page

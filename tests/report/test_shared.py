@@ -57,7 +57,8 @@ def test_mean_and_error_by_hand():
 
 def test_pages_and_tables_escape_what_is_not_markup():
     frame = pd.DataFrame({"name": [EVIL], EVIL: [0.5]})
-    body = Markup("<p>ours</p>") + html.table(frame) + html.completion(sample(EVIL, [EVIL, "b"])) + html.legend(True)
+    tokens = html.tokens.completion(sample(EVIL, [EVIL, "b"])) + html.tokens.legend(True)
+    body = Markup("<p>ours</p>") + html.table(frame) + tokens
     page = html.document(EVIL, EVIL, body, EVIL)
     parsed = outline(page)
     assert "script" not in parsed.tags and parsed.requests == [] and "://" not in page and "\u202e" not in page
@@ -66,10 +67,10 @@ def test_pages_and_tables_escape_what_is_not_markup():
 
 
 def test_tokens_stand_without_space_between():
-    spans = html.completion(sample(tokens=["a", " b\n"], credit=[-0.25, 0.75]))
+    spans = html.tokens.completion(sample(tokens=["a", " b\n"], credit=[-0.25, 0.75]))
     assert spans.startswith('<span class="t neg" style="--c:0.2000" data-tip="“a” · credit -25.0 %')
     assert "</span><span" in spans and spans.endswith("> b↵\n</span>")
-    assert html.completion(sample(tokens=[], credit=[])) == '<span class="muted">(no tokens)</span>'
+    assert html.tokens.completion(sample(tokens=[], credit=[])) == '<span class="muted">(no tokens)</span>'
 
 
 def test_figures_have_one_style():

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
@@ -109,28 +108,27 @@ def render(outcome: Outcome, pngs: dict[str, bytes], command: str) -> str:
         sentences=[*sentences, *closing({None: outcome.advice})],
         pictures=[(caption, pngs[name]) for name, caption in CAPTIONS.items()],
         numbers=_numbers(summary),
+        methods=("", *summary),
         completions=[(rank, record, _credits(record)) for rank, record in shown],
         total=len(records),
-        legend=html.legend(signed=True),
-        audited=html.table(settings, numbers=2, kind="pairs"),
+        audited=settings,
     )
     return html.document("Audit of credit", conclusion, body, command)
 
 
-def _numbers(summary: Summary) -> Markup:
+def _numbers(summary: Summary) -> list[list[str]]:
     """A row per statistic, a column per method."""
-    rows = [
+    return [
         [f"{name}: {meaning}", *(f"{own[name].mean:.3f}" if own[name] else "–" for own in summary.values())]
         for name, meaning in STATISTICS.items()
     ]
-    return html.table(rows, ("", *summary))
 
 
-def _credits(record: Record) -> list[tuple[str, Markup]]:
-    """The completion by method, its tokens on backgrounds of their credit: signed shares, 1 in absolute sum."""
+def _credits(record: Record) -> list[tuple[str, Sample]]:
+    """The completion with each method's credit: signed shares, 1 in absolute sum."""
     credits = []
     for method in (LEAVE_ONE_OUT, *(name for name in record["credit"] if name not in PLAIN)):
         credit = np.array(record["credit"][method])
         share = (credit / (np.abs(credit).sum() or 1.0)).tolist()
-        credits.append((method, html.completion(Sample(record["prompt"], record["tokens"], share, record["reward"]))))
+        credits.append((method, Sample(record["prompt"], record["tokens"], share, record["reward"])))
     return credits

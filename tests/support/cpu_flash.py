@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from abc_plugin.tools.bench.cpu_flash import attend, cpu_flash, flash_utils, use_implementation
+from abc_plugin.tools.bench.kernels import attend, cpu_flash, flash_utils, use_implementation
 
 __all__ = ["cpu_flash", "cpu_ring_flash", "flash_utils", "use_implementation"]
 

@@ -19,8 +19,8 @@ from abc_plugin.cli import main
 from abc_plugin.errors import UserError
 from abc_plugin.tools.bench import gpu, gpu_rows, gpu_runs, kernels, under_kernel
 from abc_plugin.tools.bench.command import add_arguments
-from abc_plugin.tools.bench.cpu_flash import attend, cpu_flash
 from abc_plugin.tools.bench.gpu_rows import ERROR, FAILS, HOLDS, NOT_RUN, Row, all_rows, measured
+from abc_plugin.tools.bench.kernels import attend, cpu_flash
 
 ROOT = Path(__file__).parents[2]
 

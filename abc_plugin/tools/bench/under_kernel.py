@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModel
 from abc_plugin.attention.matrix import rerun_eager_row
 from abc_plugin.attention.positions import score_positions
 from abc_plugin.tools.bench.cost import Read, reading
-from abc_plugin.tools.bench.cpu_flash import use_implementation
-from abc_plugin.tools.bench.kernels import running
+from abc_plugin.tools.bench.kernels import running, use_implementation
 from abc_plugin.tools.bench.parity import BF16, FP32, difference, distance, inputs
 
 LIMITS = {torch.float32: (difference, FP32, 1e-3), torch.bfloat16: (distance, BF16, 0.1)}

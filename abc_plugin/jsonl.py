@@ -10,6 +10,23 @@ from typing import Any
 from abc_plugin.errors import UserError
 
 
+def check_text(text: str, where: str) -> None:
+    """Raises UserError for what JSON can spell and no tokenizer takes: half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} has half of a surrogate pair, which is no text; mend or remove the line") from None
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's keys and values; one of two values of a key would be lost unsaid."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {max(names, key=names.count)!r} is there twice")
+    return fields
+
+
 def read_jsonl(path: str | Path, remedy: str, *, cut: list[str] | None = None) -> list[tuple[str, dict[str, Any]]]:
     """Every object of the file with where it stands, ``PATH:LINE``; blank lines are skipped, NaN is a number.
 
@@ -29,8 +46,8 @@ def read_jsonl(path: str | Path, remedy: str, *, cut: list[str] | None = None) -
         if not line.strip():
             continue
         try:
-            fields = json.loads(line.decode("utf-8"))
-        except ValueError as error:  # a UnicodeDecodeError, too
+            fields = json.loads(line.decode("utf-8"), object_pairs_hook=_each_once)
+        except (ValueError, RecursionError) as error:  # a UnicodeDecodeError, too; or too deep
             if cut is None:
                 reason = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else "JSON"
                 raise UserError(f"{where}: not {reason} ({error}); {remedy}") from None

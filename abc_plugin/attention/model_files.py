@@ -22,6 +22,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
@@ -42,6 +44,8 @@ from abc_plugin.errors import UserError
 
 CONTENTS = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py"}  # the files of a model that count
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# For cached_file: None where there is no such file.
+QUIET = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
 
 
 def is_absent(path: str) -> bool:
@@ -52,7 +56,18 @@ def is_absent(path: str) -> bool:
 def adapter_base(path: str) -> str | None:
     """The base model's path where ``path`` is a directory that PEFT wrote, else None."""
     file = Path(path).expanduser() / "adapter_config.json"
-    return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] if file.is_file() else None
+    return _from_json(file, "base_model_name_or_path") if file.is_file() else None
+
+
+def _from_json(file: str | Path, key: str) -> Any:
+    """The value of a key of a JSON file. Raises UserError where there is none."""
+    try:
+        value = json.loads(Path(file).read_bytes())[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        value = None
+    if not value:
+        raise UserError(f"{file} is damaged: {key} cannot be read from it; save the model again")
+    return value
 
 
 def read_config(flag: str, path: str) -> PretrainedConfig:
@@ -63,7 +78,7 @@ def read_config(flag: str, path: str) -> PretrainedConfig:
         raise UserError(f"{flag} {path} is a LoRA adapter of {base}; merge it into that first")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # TypeError: config.json is no object
         raise UserError(f"{flag} {path} is not a Hugging Face model: {str(error).splitlines()[0]}") from None
 
 
@@ -72,16 +87,15 @@ def read_headers(flag: str, path: str) -> dict[str, Tensor]:
 
     Raises UserError when it has no weights, or a file of them is missing or damaged.
     """
-    quiet = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):  # transformers' order
-        if (found := cached_file(path, name, **quiet)) is None:
+        if (found := cached_file(path, name, **QUIET)) is None:
             continue
         names = [name]
         if name.endswith(".json"):
-            names = sorted(set(json.loads(Path(found).read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(_from_json(found, "weight_map").values()))
         tensors = {}
         for part in names:
-            file = cached_file(path, part, **quiet)
+            file = cached_file(path, part, **QUIET)
             try:
                 tensors |= load_state_dict(file, map_location="meta")
             except Exception as error:  # no file, or one cut short: each reader has its own kinds of error
@@ -223,20 +237,15 @@ def check_savable(flag: str, path: str, tokenizer: Any) -> None:
     base = adapter_base(path) or path
     with tempfile.TemporaryDirectory() as directory, _quiet():
         try:
-            AutoConfig.from_pretrained(base, trust_remote_code=True).save_pretrained(directory)
-            tokenizer.save_pretrained(directory)
-            if (generation := _generation_config(base)) is not None:
-                generation.save_pretrained(directory)
+            # A model without a generation_config.json gets one of its config.json.
+            there = cached_file(base, GENERATION_CONFIG_NAME, **QUIET)
+            name = GENERATION_CONFIG_NAME if there else CONFIG_NAME
+            config = AutoConfig.from_pretrained(base, trust_remote_code=True)
+            for part in (config, GenerationConfig.from_pretrained(base, config_file_name=name), tokenizer):
+                part.save_pretrained(directory)
         except Exception as error:  # each file's writer has its own kinds of error
             reason = " ".join(str(error).split())
             raise UserError(f"{flag} {path}: transformers could not save the trained model again: {reason}") from None
-
-
-def _generation_config(path: str) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(path)
-    except OSError:  # none is there
-        return None
 
 
 def check_adapter(flag: str, path: str) -> None:

@@ -26,6 +26,21 @@ CLI = "openrlhf.cli.train_ppo_ray"
 MORE_OPTIONS = {"--ds.param_dtype": {"choices": ["bf16", "fp16", "fp32"]}}
 
 LIMITS = ("max_", "clip", "range")  # in the names of settings that may be infinite
+COUNTS = ("batch_size", "samples_per_prompt", "max_samples", "num_episodes", "max_epochs", "max_num", "logging_steps")
+SIZES = (".lr", ".eps", "weight_decay", "eps_clip", "low_high", "value_clip", "max_norm", "init_coef", "temperature")
+# By the ends of settings' names: what they may be, in words and as a test. With others nothing is computed, or
+# nonsense, or PyTorch ends the run once the models are loaded.
+RANGES = (
+    ((*COUNTS, "kl.horizon", "data.max_len"), "1 or more", lambda value: value >= 1),
+    (SIZES, "0 or more", lambda value: value >= 0),
+    (("kl.target",), "above 0", lambda value: value > 0),
+    (("betas",), "in [0, 1)", lambda value: 0 <= value < 1),
+    (("gamma", "lambd", "lr_warmup_ratio", "min_lr_ratio"), "in [0, 1]", lambda value: 0 <= value <= 1),
+    (("top_p",), "in (0, 1]", lambda value: 0 < value <= 1),
+    (("save_steps", "eval.steps"), "-1 (never), or 1 or more", lambda value: value == -1 or value >= 1),
+    (("zero_stage",), "0, 1, 2 or 3", lambda value: value in (0, 1, 2, 3)),
+    (("seed",), "0 or more, below 2^32", lambda value: 0 <= value < 2**32),
+)
 
 
 class _Parsed(BaseException):
@@ -68,7 +83,7 @@ def parse(argv: list[str], command: str = "local", script: str = CLI, **names: A
     try:
         exec(_parsing_code(script), names | {"train": stop, "RewardModelProxy": stop})
     except _Parsed as parsed:
-        _check_finite(parsed.args[0])
+        _check_numbers(parsed.args[0])
         return parsed.args[0]
     except UserError:
         raise
@@ -111,13 +126,19 @@ def settings_of(args: Namespace, prompts: Iterable[object] | None = None) -> dic
     return json.loads(json.dumps(values, default=str))
 
 
-def _check_finite(args: Namespace) -> None:
-    """No setting is NaN, and none infinite but limits. Raises UserError."""
+def _check_numbers(args: Namespace) -> None:
+    """No setting is NaN or outside its range, and none infinite but limits. Raises UserError."""
     for name, value in flat(args):
-        for number in value if isinstance(value, list | tuple) else [value]:
+        numbers = value if isinstance(value, list | tuple) else [value]
+        for number in (each for each in numbers if isinstance(each, int | float)):
             unlimited = number in (math.inf, -math.inf) and any(word in name for word in LIMITS)
-            if isinstance(number, float) and not math.isfinite(number) and not unlimited:
+            if not math.isfinite(number) and not unlimited:
                 raise UserError(f"--{name} {number} is nothing to compute with; give a finite number")
+            for ends, words, right in RANGES:
+                if name.endswith(ends) and not right(number):
+                    raise UserError(f"--{name} {number} has no meaning; give a number that is {words}")
+        if name.endswith("clip_range") and numbers[0] > numbers[1]:
+            raise UserError(f"--{name} {numbers[0]} {numbers[1]} allows no reward; write the smaller end first")
 
 
 def reward_models(args: Namespace) -> list[str]:

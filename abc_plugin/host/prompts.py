@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from openrlhf.datasets import PromptDataset
 from openrlhf.datasets.utils import blending_datasets
 
 from abc_plugin.errors import UserError
+from abc_plugin.jsonl import read_jsonl
 
 
 def quiet_strategy(args: Namespace) -> SimpleNamespace:
@@ -33,6 +35,9 @@ def read_data(args: Namespace) -> Dataset:
             dataset_split=data_args.prompt_split,
         )
     except Exception as error:  # datasets raises many kinds; each means the same to the user
+        if Path(data_args.prompt_dataset).suffix == ".jsonl" and Path(data_args.prompt_dataset).is_file():
+            read_jsonl(data_args.prompt_dataset, "mend or remove the line")  # names a line that is no JSON
+        error = error.__cause__ or error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         split = f"split {data_args.prompt_split!r}"
         raise UserError(f"{source} ({split}) cannot be read: {reason}") from None
@@ -40,7 +45,11 @@ def read_data(args: Namespace) -> Dataset:
         if key and key not in data.column_names:
             raise UserError(f"{source} has no key {key!r}, only {', '.join(data.column_names)}; set --data.{name}_key")
     data = data.select(range(min(data_args.max_samples, len(data))))
-    for row, prompt in enumerate(data[data_args.input_key], start=1):
+    try:
+        prompts = list(data[data_args.input_key])
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is no UTF-8 text ({error}); save it as such") from None
+    for row, prompt in enumerate(prompts, start=1):
         where = f"in row {row} (key {data_args.input_key!r})"
         if prompt is None or prompt == [] or (isinstance(prompt, str) and not prompt.strip()):
             raise UserError(f"{source} has an empty prompt {where}; remove the row")

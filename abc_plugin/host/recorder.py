@@ -17,7 +17,7 @@ import torch
 from openrlhf.trainer.ppo_utils.experience import Experience
 from torch import Tensor
 
-from abc_plugin.errors import UserError
+from abc_plugin.errors import CannotWrite
 from abc_plugin.host.maker import RewardParts
 from abc_plugin.report.records import FILE, FLAG, Record, record_of
 from abc_plugin.report.samples import spread_over_ranks
@@ -48,7 +48,7 @@ class Recorder:
         """Write ``--shaping.show_samples`` completions, at evenly spaced ranks of the score, best and worst in.
 
         Those whose score or shaped reward is NaN or infinite have no rank; a line says how many.
-        Raises UserError when the file cannot be written.
+        Raises CannotWrite.
         """
         rows, lost = [], 0
         for batch, (experience, part) in enumerate(zip(experiences, parts, strict=True)):
@@ -111,7 +111,7 @@ class Recorder:
                     file.write(b"\n")
                 file.write(text.encode("utf-8", "replace"))
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; {FLAG} 0 records nothing") from None
+            raise CannotWrite(f"{self.path} cannot be written: {error.strerror}; {FLAG} 0 records nothing") from None
 
     def _track(self, records: list[Record]) -> None:
         """A picture for TensorBoard, a page for W&B, where the host logs there."""

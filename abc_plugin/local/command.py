@@ -45,7 +45,7 @@ def evaluate(argv: list[str]) -> int:
     from abc_plugin.host.prompts import read_data
     from abc_plugin.local import local_checks, ranks
     from abc_plugin.local.evaluate import evaluate as sample
-    from abc_plugin.output_directory import check_file
+    from abc_plugin.output_directory import check_file, write_atomically, writing
 
     local_checks.check_supported(args)
     ranks.refuse_several("evaluate")
@@ -53,13 +53,15 @@ def evaluate(argv: list[str]) -> int:
     data = read_data(args)
     check_models(args, args.shaping, data)
     samples = sample(args, data)
-    own.out.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in samples), encoding="utf-8")
     rewards = [line["reward"] for line in samples]
     error = statistics.stdev(rewards) / len(rewards) ** 0.5 if len(rewards) > 1 else float("nan")
     print(
         f"mean reward {statistics.fmean(rewards):.4f} +- {error:.4f} (standard error) over {len(rewards)} completions "
-        f"of {args.actor.model_name_or_path}; samples in {own.out}"
+        f"of {args.actor.model_name_or_path}; samples in {own.out}",
+        flush=True,
     )
+    with writing(own.out):
+        write_atomically(own.out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in samples))
     return 0
 
 

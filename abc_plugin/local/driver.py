@@ -33,9 +33,10 @@ from abc_plugin.host.prompts import check_rollouts
 from abc_plugin.host.worker import CreditPolicyModel, CreditRewardModel, RestoredCritic
 from abc_plugin.local import frozen, local_checks, lora, ranks
 from abc_plugin.local.checkpoints import prepare, saves
-from abc_plugin.local.in_process import IN_PROCESS_RAY, InProcessClass, InProcessGroup, writing
+from abc_plugin.local.in_process import IN_PROCESS_RAY, InProcessClass, InProcessGroup
 from abc_plugin.local.ranks import TERMINATION
 from abc_plugin.local.trainer import LocalPPOTrainer, local_strategy, timing_sentence
+from abc_plugin.output_directory import writing
 
 
 def run(args: Namespace, ignored: list[str]) -> int:

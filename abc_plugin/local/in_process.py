@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import errno
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from abc_plugin.errors import CannotWrite, UserError
+from abc_plugin.errors import UserError
 from abc_plugin.host.install import undecorated
 from abc_plugin.local import ranks
 from abc_plugin.local.ranks import TERMINATION
@@ -36,10 +33,6 @@ MEMORY = {
         f"a smaller --train.micro_batch_size, --actor.gradient_checkpointing_enable, or {SMALLER_MODELS}",
     ),
 }
-
-# A disk that is full, above a quota or a file's greatest size, read-only or broken; and how those say so who hide it.
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
-WRITERS = ("PytorchStreamWriter", "inline_container", "while serializing")
 
 # Stands in for the name ``ray`` in the host's modules: a value is its own object reference.
 IN_PROCESS_RAY = SimpleNamespace(
@@ -114,22 +107,6 @@ class InProcessGroup:
         with memory_remedy(method_name):
             yield
         self.seconds[method_name] += time.perf_counter() - started
-
-
-@contextlib.contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Within the block, a file that cannot be written raises CannotWrite with its path, or else this one."""
-    try:
-        yield
-    except Exception as error:  # torch, safetensors and DeepSpeed have kinds of error of their own
-        words, number = str(error) or type(error).__name__, getattr(error, "errno", None)
-        if number not in UNWRITABLE and not any(word in words for word in WRITERS):
-            raise
-        cause = os.strerror(number) if number else words.splitlines()[0]
-        there = next(each for each in (Path(path), *Path(path).absolute().parents) if each.exists())
-        if shutil.disk_usage(there).free < 2**20:
-            cause = os.strerror(errno.ENOSPC)
-        raise CannotWrite(f"{getattr(error, 'filename', None) or path} cannot be written: {cause}") from error
 
 
 @contextlib.contextmanager

@@ -31,12 +31,12 @@ class Draw(LogitsProcessor):
     token[b] = first v with sum_{u <= v} p[b,u] > uniform[b,t]      (inversion of the distribution, in float64)
 
     A completion thus depends neither on the rows beside it nor on what was drawn before, and on a CPU it costs an
-    eighth of torch.multinomial.  uniform_BT: float64 in [0, 1), a column per token.
+    eighth of torch.multinomial.  uniform_BT: float64 in [0, 1), a column per token.  greedy: the likeliest instead.
     ``usable``: whether all logits so far were numbers; read once, since each look waits for the device.
     """
 
-    def __init__(self, uniform_BT: Tensor) -> None:
-        self.uniforms = iter(uniform_BT.unbind(1))
+    def __init__(self, uniform_BT: Tensor, *, greedy: bool = False) -> None:
+        self.uniforms, self.greedy = iter(uniform_BT.unbind(1)), greedy
         self.usable = torch.tensor(True)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -44,6 +44,7 @@ class Draw(LogitsProcessor):
         self.usable = self.usable.to(scores.device) & cumulated_BV[:, -1].isfinite().all()
         drawn_B1 = next(self.uniforms).to(scores.device)[:, None] * cumulated_BV[:, -1:]
         token_B1 = torch.searchsorted(cumulated_BV, drawn_B1, right=True).clamp_max(scores.shape[1] - 1)
+        token_B1 = scores.argmax(-1, keepdim=True) if self.greedy else token_B1
         return torch.full_like(scores, -torch.inf).scatter_(1, token_B1, 0.0)
 
 
@@ -85,10 +86,9 @@ def generate(
     warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
     rank, mine = ranks.current_rank(), {}
     for batch in _batches(ids, batch_size, rank.count, max_new_tokens is None)[rank.index :: rank.count]:
-        prompt_ids, draw = [ids[i] for i in batch], Draw(uniform_NT[batch])
-        processors = [*warpers, draw] if temperature else warpers
+        prompt_ids, draw = [ids[i] for i in batch], Draw(uniform_NT[batch], greedy=temperature == 0)
         limit = max_new_tokens or max_len - len(prompt_ids[0])
-        responses = _generate_batch(model, tokenizer, prompt_ids, processors, ends, limit, max_len)
+        responses = _generate_batch(model, tokenizer, prompt_ids, [*warpers, draw], ends, limit, max_len)
         if not draw.usable:
             raise NotFinite("the policy's logits are NaN: it has diverged; lower --actor.adam.lr")
         mine |= zip(batch, responses, strict=True)

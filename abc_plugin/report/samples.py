@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
 import reprlib
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ class Sample:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 KINDS: dict[str, Callable[[Any], bool]] = {

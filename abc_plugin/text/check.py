@@ -12,7 +12,8 @@ from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from abc_plugin.errors import UserError
-from abc_plugin.jsonl import read_jsonl
+from abc_plugin.jsonl import check_text, read_jsonl
+from abc_plugin.output_directory import check_file
 from abc_plugin.text.compare import COMPATIBLE, INCOMPATIBLE, SAME, Comparison, ModelTokenizer, compare, end_ids
 
 VERDICTS = {  # its colour and what it means
@@ -35,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report. Returns 0 when training may share ids, 1 when it may not."""
+    if args.json:
+        check_file("--json", args.json, str(args.data or ""))
     policy, reward_model = load_tokenizer(args.policy), load_tokenizer(args.reward_model)
     prompts = read_prompts(args.data, args.input_key, policy.tokenizer) if args.data else []
     result = compare(policy, reward_model, prompts)
@@ -65,7 +68,7 @@ def _configured(kind: Any, path: str, name: str) -> Any:
     """None where a directory holds a tokenizer alone."""
     try:
         return getattr(kind.from_pretrained(path), name, None)
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):  # TypeError: the file is no object
         return None
 
 
@@ -88,10 +91,7 @@ def _prompt(row: dict[str, Any], key: str, tokenizer: Any, where: str) -> str:
             raise UserError(f"{where}: the policy's chat template refuses it: {str(error).splitlines()[0]}") from None
     if not isinstance(prompt, str):
         raise UserError(f"{where}: {str(prompt)[:40]!r} is no text")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where} has half of a surrogate pair, which is no text; mend or remove the prompt") from None
+    check_text(prompt, where)
     return prompt
 
 

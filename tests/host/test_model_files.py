@@ -236,3 +236,21 @@ def test_what_could_not_be_saved_at_the_end_is_refused_at_the_start(tiny, copies
         said = refusal(check, args, args.shaping)
         assert "transformers could not save the trained model again: GenerationConfig is invalid" in said
         assert "You should set `do_sample=True` or unset `temperature`" in said
+    (copies / "policy" / "generation_config.json").unlink()  # then transformers makes one of the config
+    tokenizer = AutoTokenizer.from_pretrained(copies / "policy")
+    model_files.check_savable("--x", str(copies / "policy"), tokenizer)
+    change_json(copies / "policy" / "config.json", temperature=0.9)
+    said = refusal(model_files.check_savable, "--x", str(copies / "policy"), tokenizer)
+    assert "could not save the trained model again: GenerationConfig is invalid" in said
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"base_model_name_or_path": null, "weight_map": null}'])
+def test_files_that_are_no_json_or_lack_their_key_are_named(copies, content):
+    path = copies / "policy"
+    (path / "adapter_config.json").write_text(content)
+    assert "adapter_config.json is damaged: base_model_name_or_path cannot" in refusal(
+        model_files.read_config, "--x", str(path)
+    )
+    (path / "model.safetensors").rename(path / "other")
+    (path / "model.safetensors.index.json").write_text(content)
+    assert "index.json is damaged: weight_map cannot be read" in refusal(model_files.read_headers, "--x", str(path))

@@ -149,3 +149,42 @@ def test_coefficients_are_finite_and_limits_may_be_infinite(tiny, tmp_path, flag
         return
     with pytest.raises(UserError, match=f"--{flag} (nan|inf) is nothing to compute with"):
         parse_for_one_process(words, ShapingConfig())
+
+
+MEANINGLESS = """
+    train.batch_size=0 train.micro_batch_size=-4 train.num_episodes=0 train.max_epochs=0 data.max_samples=0
+    ckpt.max_num=0 ckpt.save_steps=0 ckpt.save_steps=-5 logger.logging_steps=0 train.seed=-1 ds.zero_stage=7
+    actor.adam.lr=-0.1 actor.adam.eps=-1 critic.value_clip=-1 actor.eps_clip=-0.2 actor.lr_warmup_ratio=-1
+    algo.kl.target=0 algo.kl.horizon=0 algo.kl.init_coef=-1 algo.advantage.gamma=2 rollout.top_p=0 rollout.top_p=1.5
+"""
+
+
+@pytest.mark.parametrize("flag", MEANINGLESS.split())
+def test_numbers_without_meaning_are_refused_before_anything_is_read(tiny, tmp_path, flag):
+    name, value = flag.split("=")
+    with pytest.raises(UserError, match=rf"--{name} {value}(\.0)? has no meaning; give a number that is"):
+        parse_for_one_process([*local_flags(tiny, tmp_path), f"--{flag}"], ShapingConfig())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"input": "a"}\n{"input": "b', r"p\.jsonl:2: not JSON"),
+        (b'{"input": "a"}\n{"input": "b\x00"}\n', r"p\.jsonl:2: not JSON"),
+        (b'{"input": "a"}\n{"input": "b", "input": "c"}\n', r"p\.jsonl:2: not JSON \(the key 'input' is there twice"),
+        (b'{"input": "a"}\n{"input": "caf\xe9"}\n', r"no UTF-8 text"),
+        (b'{"input": "a \\ud83c b"}\n', "cannot be read: JSON parse error"),
+    ],
+)
+def test_a_line_that_is_no_prompt_is_named(tiny, tmp_path, content, message):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(content)
+    words = local_flags(tiny, tmp_path, **{"data.prompt_dataset": path})
+    with pytest.raises(UserError, match=message):
+        read_data(parse_for_one_process(words, ShapingConfig())[0])
+
+
+def test_a_clip_range_has_its_smaller_end_first(tiny, tmp_path):
+    words = [*local_flags(tiny, tmp_path), "--reward.clip_range", "10", "-10"]
+    with pytest.raises(UserError, match="--reward.clip_range 10.0 -10.0 allows no reward"):
+        parse_for_one_process(words, ShapingConfig())

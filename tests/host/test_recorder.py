@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from abc_plugin.config import ShapingConfig
-from abc_plugin.errors import UserError
+from abc_plugin.errors import CannotWrite
 from abc_plugin.host.imports import import_host
 
 import_host()
@@ -226,7 +226,7 @@ def test_a_resumed_run_replaces_the_steps_it_repeats_and_a_killed_one_leaves_no_
 def test_a_file_that_cannot_be_written_is_one_line(tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
     host = trainer(tokenizer, tmp_path / "file" / "out", ShapingConfig("none"))
-    with pytest.raises(UserError, match=r"cannot write .*completions\.jsonl: .*--shaping\.show_every 0"):
+    with pytest.raises(CannotWrite, match=r"completions\.jsonl cannot be written: .*--shaping\.show_every 0"):
         recorded(host, batch(tokenizer))
 
 

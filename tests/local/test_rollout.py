@@ -79,8 +79,9 @@ def test_a_policy_whose_logits_are_nan_ends_the_run(policy):
     model, tokenizer = policy
     broken = copy.deepcopy(model)
     broken.lm_head.weight = nn.Parameter(torch.full_like(broken.lm_head.weight, torch.nan))
-    with pytest.raises(RuntimeError, match="the policy's logits are NaN"):
-        generate(broken, tokenizer, PROMPTS, **OPTIONS)
+    for temperature in (1.0, 0.0):
+        with pytest.raises(RuntimeError, match="the policy's logits are NaN"):
+            generate(broken, tokenizer, PROMPTS, **OPTIONS | {"temperature": temperature})
 
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9}])

@@ -31,6 +31,8 @@ def test_json_lines_come_with_where_they_stand(tmp_path):
     ("content", "message"),
     [
         (b'{"a": 1}\n{"a', r"x\.jsonl:2: not JSON \(.*\); write it again"),
+        (b'{"a": 1, "b": 2, "a": 3}', r"x\.jsonl:1: not JSON \(the key 'a' is there twice\); write it again"),
+        (b"[" * 200_000, r"x\.jsonl:1: not JSON \(.*recursion.*\); write it again"),
         (b"[1]", r"x\.jsonl:1: not an object but list; write it again"),
         (b"\xff\xfe\x00", r"x\.jsonl:1: not UTF-8 text .*; write it again"),
         (None, r"cannot read .*x\.jsonl: No such file or directory; write it again"),

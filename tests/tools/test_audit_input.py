@@ -1,5 +1,6 @@
 """What an audit reads, and what it refuses by name."""
 
+import errno
 import json
 
 import audit_models
@@ -9,6 +10,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaCo
 
 from abc_plugin.cli import main
 from abc_plugin.errors import UserError
+from abc_plugin.output_directory import locked
+from abc_plugin.tools.audit import command as audit_command
 from abc_plugin.tools.audit import reward_model
 from abc_plugin.tools.audit.completions import Reading, read
 from abc_plugin.tools.audit.reward_model import RewardModel
@@ -85,6 +88,7 @@ def test_other_forms_of_a_line(record, reading, prompt, tokens, tmp_path, tokeni
         ('{"prompt": "w1", "completion": "w2"}\n', {"prompt_key": "q"}, "no key 'q', only prompt, completion"),
         ('\n{"prompt": "w1", "completion": ""}\n', {}, ":2: the completion is empty"),
         ('{"prompt": "", "completion": "w2 w3"}\n', {}, ":1: the prompt is empty"),
+        ('{"prompt": "w1 \\ud83c", "completion": "w2"}\n', {}, ":1 has half of a surrogate pair"),
         ('{"prompt": "w1", "completion": 3}\n', {}, "completion is no text but '3'"),
         ('{"prompt": 3, "completion": "w1"}\n', {}, "the prompt is no text"),
         ('{"completion": "w1 w2"}\n', {"split": 2}, "the completion is empty"),
@@ -131,7 +135,7 @@ def command(tmp_path, model_path, *more):
         (["--reward.model_name_or_path", "/no/such"], "/no/such: no such directory"),
         (["--data", "/no/such"], "cannot read /no/such: No such file or directory; give --data a file"),
         (["--reward.model_name_or_path", "/a/rm,/b/rm"], "/a/rm,/b/rm: several reward models; audit one at a time"),
-        (["--out", "/dev/null/x"], "cannot write to --out /dev/null/x"),
+        (["--out", "/dev/null/x"], "--out /dev/null/x cannot be written: Not a directory"),
     ],
 )
 def test_bad_flags_are_one_line_and_nothing_is_written(more, message, tmp_path, model_path, capsys):
@@ -139,6 +143,26 @@ def test_bad_flags_are_one_line_and_nothing_is_written(more, message, tmp_path, 
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_an_audit_has_its_directory_to_itself(tmp_path, model_path, capsys):
+    with locked("--out", tmp_path / "out"):
+        assert main(command(tmp_path, model_path)) == 2
+        assert "out is another run's, which is not done" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(model_path)
+    assert main(command(tmp_path, model_path, "--out", str(tmp_path / "link"))) == 2
+    assert f"--out: what is written would overwrite {reward_model.FLAG} {model_path}" in capsys.readouterr().err
+    assert not (model_path / "completions.jsonl").exists()
+
+
+def test_a_full_disk_says_what_an_audit_keeps(tmp_path, model_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(audit_command, "measure", full)
+    assert main(command(tmp_path, model_path)) == 1
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "abc-rlhf" in line]
+    assert line.endswith("No space left on device; the completions done are kept, and the same command goes on")
 
 
 def test_a_model_without_head_and_one_with_two_outputs(tmp_path):

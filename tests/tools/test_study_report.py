@@ -306,6 +306,7 @@ def test_bad_tables_are_refused_by_file_row_and_value(tmp_path, capsys, part, su
         ("t.csv", "method,seed,step,reward\nnone,1,1,2,3\n", "more cells than the header"),
         ("t.csv", "method,seed,step,reward\nnone,1,1,2\nnone,1,2,2,3\n", "cannot be read (Error tokenizing"),
         ("t.csv", "method;seed;step;reward\nnone;1;1;2\n", "no rows with method, seed, step, reward; it has 1 with"),
+        ("t.csv", "method,seed,step,reward,seed\nnone,1,1,2,1\n", "has two columns 'seed'"),
         ("t.csv", "", "cannot be read"),
         ("t.csv", b"\xff\xfe\x00", "UTF-8"),
         ("t.jsonl", '{"method": "none"\n', "not JSON"),

@@ -13,6 +13,7 @@ from typing import Any
 from abc_plugin.config import ShapingConfig, add_flags
 from abc_plugin.credit import methods as registry
 from abc_plugin.errors import CreditError, UserError
+from abc_plugin.output_directory import locked, refuse_models, writing
 
 try:
     import torch
@@ -108,20 +109,22 @@ def run(args: argparse.Namespace) -> int:
         "points": POINTS,
     }
     outcomes = {}
-    for length, completions in read_of.items():
-        directory = out / str(length) if length else out
-        of_these = configuration | {"completions": _digest(completions)}
-        results = Results(directory, of_these)
-        done, name = len(results.records), f"{length} tokens" if length else "audit"
-        for completion in tqdm(completions[done:], name, len(completions), initial=done, unit="completion"):
-            results.append(measure(model, completion, methods, shaping, args.spans))
-        tables = tabulate(results.records)
-        summary = summarise(tables)
-        head_map = map_heads(results.records, model.layers, model.configured, model.heads)
-        advice = advise(summary, tables, head_map, methods, shaping, path)
-        audited = {"reward model": path, "data": f"{len(completions)} completions of {args.data}"} | of_these
-        outcomes[length] = Outcome(results.records, summary, head_map, advice, audited)
-        write(directory, outcomes[length], _command_line(options))
+    refuse_models([out], {path: FLAG}, flag="--out")
+    with locked("--out", out), writing(out, "the completions done are kept, and the same command goes on"):
+        for length, completions in read_of.items():
+            directory = out / str(length) if length else out
+            of_these = configuration | {"completions": _digest(completions)}
+            results = Results(directory, of_these)
+            done, name = len(results.records), f"{length} tokens" if length else "audit"
+            for completion in tqdm(completions[done:], name, len(completions), initial=done, unit="completion"):
+                results.append(measure(model, completion, methods, shaping, args.spans))
+            tables = tabulate(results.records)
+            summary = summarise(tables)
+            head_map = map_heads(results.records, model.layers, model.configured, model.heads)
+            advice = advise(summary, tables, head_map, methods, shaping, path)
+            audited = {"reward model": path, "data": f"{len(completions)} completions of {args.data}"} | of_these
+            outcomes[length] = Outcome(results.records, summary, head_map, advice, audited)
+            write(directory, outcomes[length], _command_line(options))
     tell(outcomes, out)
     return 0
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from abc_plugin.errors import UserError
-from abc_plugin.jsonl import read_jsonl
+from abc_plugin.jsonl import check_text, read_jsonl
 from abc_plugin.text.spans import token_texts
 
 MINIMUM = 10  # completions of different prompts: five to choose a layer on, five to report it on
@@ -82,13 +82,13 @@ def read(
 def _completion(
     record: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, reading: Reading
 ) -> Completion:
-    ids = _encode(tokenizer, _completion_text(record, where, reading))
+    ids = _encode(tokenizer, _completion_text(record, where, reading), where)
     if reading.split is not None:
         prompt_ids, ids = ids[: reading.split], ids[reading.split :]
         prompt = tokenizer.decode(prompt_ids, clean_up_tokenization_spaces=False)
     else:
         prompt = _prompt_text(_field(record, reading.prompt_key, where), where, tokenizer)
-        prompt_ids = _encode(tokenizer, prompt)
+        prompt_ids = _encode(tokenizer, prompt, where)
     if not prompt_ids:
         raise UserError(f"{where}: the prompt is empty; the score of an empty completion is read there, so remove it")
     if not ids:
@@ -101,7 +101,8 @@ def _completion(
     return Completion(int(where.rpartition(":")[2]), prompt, prompt_ids, ids, tokens, special)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, where: str) -> list[int]:
+    check_text(text, where)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
 import importlib
 import json
 import os
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from abc_plugin.errors import UserError
+from abc_plugin.output_directory import writing
 from abc_plugin.tools.demo.recipe import LexiconRecipe, OtherRecipe, Recipe, SmallRecipe, recipe_hash, versions
 
 FREE_BYTES = 700 * 2**20  # what is written, with some air
@@ -110,7 +110,7 @@ def ensure(out: Path | None = None, *, kind: str = EMBEDDED, force: bool = False
     made, recipe = KINDS[kind], recipe or KINDS[kind].recipe
     package_versions = versions(made.packages)
     digest = recipe_hash(recipe, package_versions)
-    out = Path(out or default_directory(f"{made.prefix}-{digest}")).expanduser().absolute()
+    out = Path(out or default_directory(f"{made.prefix}-{digest}")).expanduser().resolve()  # a link stays one
     if exists(out, digest, force) and not force:
         return out
     with whole_directory(out) as part, progress_bar() as report:
@@ -149,15 +149,12 @@ def whole_directory(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write to {out.parent}: {error.strerror}; choose another with --out") from None
     try:
-        yield part
-        part.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        part.rename(out)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(f"cannot write {out}: {error.strerror}; free about 700 MB or use --out") from None
+        with writing(out, "free about 700 MB or use --out"):
+            yield part
+            part.chmod(0o755)
+            if out.exists():
+                shutil.rmtree(out)
+            part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -20,6 +20,7 @@ import pandas as pd
 import yaml
 
 from abc_plugin.errors import UserError
+from abc_plugin.output_directory import probe
 from abc_plugin.report.runs import KL, REWARD, SECONDS, read_run
 from abc_plugin.tools.study.plan import Plan, Words
 from abc_plugin.tools.study.settings import Run, column, columns
@@ -62,7 +63,7 @@ class Study:
         for folder in map(self.folder, runs):
             if not (folder / RUN).is_file() and any(folder.glob("[!.]*")):
                 raise UserError(f"{folder} has no {RUN}, so it is not the study's; move it, or give another --out")
-        self.root.mkdir(parents=True, exist_ok=True)
+        probe("--out", self.root)
         self.lock = open(self.root / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system unlocks it when the process is gone
@@ -135,7 +136,10 @@ def _json(value: object) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); remove its folder, and the run is made anew") from None
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from abc_plugin.errors import UserError
+from abc_plugin.output_directory import writing
 from abc_plugin.tools.study.directory import LOG, Study
 from abc_plugin.tools.study.plan import Plan, command_words, read_plan
 from abc_plugin.tools.study.settings import Run, give_names, resolve
@@ -38,10 +39,11 @@ def run_study(plan_file: str, out: str | None, *, smoke: bool, jobs: int | None,
     runs, there, host = resolve(plan, older)
     give_names(runs, there)
     slots = _slots(plan.driver, jobs, gpus, host["gpus"])
-    study.claim(plan, runs)
-    # A finished run stays in the tables when the plan has it no more; its settings are columns like any.
-    in_tables = {run.name: run for run in [*filter(study.finished, there), *runs]}
-    return _Session(plan, study, runs, list(in_tables.values()), slots, host["versions"]).run()
+    with writing(study.root, "finished runs are kept, and the same command goes on"):
+        study.claim(plan, runs)
+        # A finished run stays in the tables when the plan has it no more; its settings are columns like any.
+        in_tables = {run.name: run for run in [*filter(study.finished, there), *runs]}
+        return _Session(plan, study, runs, list(in_tables.values()), slots, host["versions"]).run()
 
 
 def _slots(driver: str, jobs: int | None, gpus: str | None, there: int) -> list[str | None]:

@@ -128,9 +128,13 @@ def _cells(path: Path) -> pd.DataFrame:
         cells = pd.DataFrame([row for _, row in read_jsonl(path, "write one object per run and step")], dtype=object)
     else:
         try:
-            cells = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
+            options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "skipinitialspace": True}
+            cells = pd.read_csv(path, **options)
+            names = pd.read_csv(path, header=None, nrows=1, **options).iloc[0]
         except (OSError, ValueError) as error:  # of pandas' own errors all are ValueErrors
             raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); give a CSV in UTF-8") from None
+        if names.duplicated().any():  # pandas would call the second another setting
+            raise UserError(f"{path} has two columns {names[names.duplicated()].iloc[0]!r}; remove one")
         if not isinstance(cells.index, pd.RangeIndex):
             raise UserError(f"{path}: its rows have more cells than the header; name every column")
     return cells.astype(object).where(cells.notna() & (cells != ""), None)

@@ -167,6 +167,8 @@ class SharedForwards:
             for request, result in zip(taken, results, strict=True):
                 request.results.append(result)
             for request in dict.fromkeys(taken):
+                if request.answer.done():  # cancelled
+                    continue
                 if failed := [result for result in request.results if isinstance(result, Exception)]:
                     request.answer.set_exception(failed[0])
                 elif request.waiting:
@@ -191,7 +193,10 @@ class SharedForwards:
         taken: list[_Request] = []
         while self._requests and len(taken) < self._size:
             request = self._requests.popleft()
-            if await request.gone():
+            gone = await request.gone()
+            if request.answer.done():  # cancelled
+                continue
+            if gone:
                 request.answer.set_exception(ClientGone())
             else:
                 taken += [request] * min(len(request.waiting), self._size - len(taken))
@@ -227,7 +232,7 @@ def main(argv: list[str]) -> int:
     if not proxy.tokenizer.is_fast:
         raise UserError("a slow tokenizer gives no character offsets; leave --data.disable_fast_tokenizer out")
     server = CreditServer(proxy, shaping)
-    url = f"http://{args.host}:{args.port}/get_reward"
+    url = f"http://{args.host}:{listening.getsockname()[1]}/get_reward"  # not args.port, which may be 0: any
     print(f"abc_plugin: {server.describe()}; serving on {url}", flush=True)
     uvicorn = importlib.import_module("uvicorn")
     uvicorn.Server(uvicorn.Config(_app(server), log_level="warning")).run([listening])
@@ -290,7 +295,7 @@ def _app(server: CreditServer) -> Any:
 def _queries(body: bytes) -> list[str] | None:
     try:
         queries = json.loads(body)["query"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     usable = isinstance(queries, list) and queries and all(isinstance(query, str) and query for query in queries)
     return queries if usable else None

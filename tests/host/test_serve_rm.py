@@ -111,6 +111,7 @@ def forwards(server, monkeypatch, size=32):
 def test_requests_that_wait_share_forwards_and_get_their_own_replies(server, monkeypatch):
     alone = [reply(server, [query]) for query in QUERIES]
     sizes = forwards(server, monkeypatch, size=4)
+    server.forwards._seconds = 20.0  # so the first forward waits a second for the others, which are still read
     replies = post(server, *(Asked({"query": [query]}) for query in QUERIES * 3), Asked({"query": QUERIES}))
     assert sizes == [4, 4, 4]
     for response, single in zip(replies, alone * 3, strict=False):
@@ -156,6 +157,20 @@ def test_gone_clients_are_dropped_and_one_bad_text_harms_nobody_else(server, mon
     assert sum(sizes) == 2 and [one.status_code for one in (good, other)] == [200, 200]
 
 
+def test_a_cancelled_request_takes_no_other_with_it():
+    free = threading.Event()
+    shared = serve_rm.SharedForwards(lambda texts: free.wait(30) and [{"reward": text} for text in texts], 4)
+
+    async def one_of_two_is_cancelled():
+        first, second, third = (asyncio.create_task(shared.of([n], Asked({}).is_disconnected)) for n in (1, 2, 3))
+        await asyncio.sleep(0.1)
+        first.cancel()  # within its forward
+        free.set()
+        return await asyncio.wait_for(asyncio.gather(second, third), 30)
+
+    assert asyncio.run(one_of_two_is_cancelled()) == [[{"reward": 2}], [{"reward": 3}]]
+
+
 def test_health_answers_while_a_forward_runs(server, monkeypatch):
     pytest.importorskip("fastapi")
     free = threading.Event()
@@ -190,7 +205,9 @@ def test_half_of_a_surrogate_pair_is_scored_as_the_replacement_character(server)
     assert reply(server, ["a \ud83c b"]) == reply(server, ["a \ufffd b"])
 
 
-@pytest.mark.parametrize("body", [b"", b"[1]", b"{", {}, *({"query": q} for q in (None, [], "text", [""], [1]))])
+@pytest.mark.parametrize(
+    "body", [b"", b"[1]", b"{", b"[" * 200_000, {}, *({"query": q} for q in (None, [], "text", [""], [1]))]
+)
 def test_requests_that_are_none(server, body):
     (error,) = post(server, Asked(body))
     assert str(error).startswith("422: send ") and "at least one text" in str(error)

@@ -11,8 +11,8 @@ from recovery_models import (
     RIGHT,
     PackedRewardModel,
     RewardModel,
-    Scored,
     inputs,
+    scored,
     tiny,
     tiny_reward_model,
 )
@@ -37,11 +37,10 @@ OUTSIDE = ("deberta", "deberta_v2", "bloom", "mpt", "falcon", "gptj", "gpt_neo",
 READ = [name for name, family in FAMILIES.items() if family.exact and name not in (*NO_LAST, *BESIDE, *OUTSIDE)]
 
 
-def by_autograd(model, ids, mask, modules=None):
+def by_autograd(model, ids, mask):
     """(gradient x value) of the last layer, summed over heads and widths; eager, through the whole model."""
-    modules = modules or model
-    use_implementation(modules, "eager")
-    module, _, _ = target_layer(modules, "last")
+    use_implementation(model, "eager")
+    module, _, _ = target_layer(model, "last")
     names, values = forward_code(module).__globals__, []
     eager = names["eager_attention_forward"]
 
@@ -76,7 +75,7 @@ def same(row, expected, tolerance=1e-5):
 @pytest.mark.parametrize("family", READ)
 def test_it_is_gradient_times_value(family):
     """Every implementation and padding, to 1e-5 of the largest; the score is bit for bit the model's own."""
-    model = Scored(family)
+    model = scored(family)
     for mask in (RIGHT, LEFT, NONE):
         ids = IDS * mask
         expected, score_B = by_autograd(model, ids, mask)
@@ -93,9 +92,10 @@ def test_it_is_gradient_times_value(family):
 @pytest.mark.parametrize("padding", [LEFT, RIGHT, torch.cat([RIGHT[:2], torch.zeros(1, 12, dtype=torch.long)])])
 @pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2"])
 def test_packed_samples_contribute_as_padded_ones(padding, implementation):
-    plain, packed = tiny_reward_model(), tiny_reward_model(PackedRewardModel)
+    plain, packed = (tiny_reward_model(PackedRewardModel) for _ in range(2))
+    plain.packed = False
     ids, mask = IDS * padding, padding
-    expected, _ = by_autograd(lambda ids, mask: plain(ids, mask, inputs(mask)["position_ids"]), ids, mask, plain)
+    expected, _ = by_autograd(plain, ids, mask)
     row, _ = contribution(use_implementation(packed, implementation), ids, mask)
     same(row, expected * mask.any(1)[:, None])
 
@@ -170,7 +170,7 @@ def test_lora_compile_and_offload_are_part_of_it():
     torch.compiler.reset()
     config = peft.LoraConfig(target_modules=["v_proj", "o_proj", "up_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(tiny_reward_model(), config).eval()
-    expected, _ = by_autograd(adapted, IDS, RIGHT, adapted)
+    expected, _ = by_autograd(adapted, IDS, RIGHT)
     row, _ = contribution(use_implementation(adapted, "sdpa"), IDS, RIGHT)
     same(row, expected)
     assert (row - plain).abs().max() > 1e-2
@@ -192,9 +192,9 @@ def test_a_model_in_four_bits(tmp_path):
 @pytest.mark.parametrize("family", [*NO_LAST, "gemma3", "llama4", *OUTSIDE])
 def test_models_whose_last_layer_cannot_be_read_are_refused_by_name(family):
     with pytest.raises(UserError, match="layer . of 3 is to be read, .*; (give|its last)|Model is not supported"):
-        ContributionReader(Scored(family))
+        ContributionReader(scored(family))
     if family in ("gemma3", "llama4"):
-        ContributionReader(Scored(family), "last")
+        ContributionReader(scored(family), "last")
 
 
 def test_a_model_without_a_head_and_one_split_over_processes_are_refused():
@@ -211,7 +211,7 @@ def test_a_model_without_a_head_and_one_split_over_processes_are_refused():
 
 @pytest.mark.parametrize("case", ["beside", "other token"])
 def test_a_score_that_is_not_that_of_the_last_token_alone_is_refused(case):
-    model = Scored("falcon_h1") if case == "beside" else tiny_reward_model()
+    model = scored("falcon_h1") if case == "beside" else tiny_reward_model()
     if case == "other token":  # a head that also reads the first token, as a pooling encoder's
         model.score.register_forward_hook(lambda part, args, output: output + 3 * output[:, :1])
     with torch.no_grad(), ContributionReader(model).record(RIGHT) as recording:

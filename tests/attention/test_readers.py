@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from recovery_models import LEFT, NONE, RIGHT, PackedRewardModel, Scored, inputs, tiny, tiny_reward_model
+from recovery_models import LEFT, NONE, RIGHT, PackedRewardModel, inputs, scored, tiny, tiny_reward_model
 
 from abc_plugin.attention import attach
 from abc_plugin.attention.positions import score_positions
@@ -18,7 +18,7 @@ BOTH_WAYS = ("modernbert", "bert", "eurobert", "deberta_v2")
 @pytest.mark.parametrize("family", CAUSAL)
 @torch.no_grad()
 def test_the_score_at_a_token_is_that_of_the_sequence_cut_off_behind_it(family):
-    model, ids = Scored(family), torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+    model, ids = scored(family), torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
     with PrefixScores(model).record(mask) as recording:
         whole = model(ids, mask)
@@ -34,7 +34,7 @@ def test_the_score_at_a_token_is_that_of_the_sequence_cut_off_behind_it(family):
 @pytest.mark.parametrize("family", BOTH_WAYS)
 def test_a_model_that_looks_ahead_is_refused_by_name(family):
     with pytest.raises(UserError, match=r"Model reads its tokens in both directions .*use --reward_shaping abc"):
-        PrefixScores(Scored(family))
+        PrefixScores(scored(family))
 
 
 def test_a_model_without_a_scalar_head_is_refused():
@@ -73,7 +73,7 @@ def test_gradient_times_input_is_that_of_autograd_and_of_captum(padding):
 def test_gradients_of_an_encoder_and_of_a_hybrid():
     ids, mask = torch.randint(1, 64, (2, 7)), torch.ones(2, 7, dtype=torch.long)
     for family in ("bert", "qwen3_next", "gpt2"):
-        model = Scored(family)
+        model = scored(family)
         reader = GradientTimesInput(model)
         reader._model = model  # no PreTrainedModel is the outermost here
         with torch.no_grad(), reader.record(mask) as recording:
@@ -101,7 +101,7 @@ def test_packed_samples_read_as_padded_ones(padding):
     ids, mask = inputs(padding)["input_ids"], padding
     plain, packed = tiny_reward_model(), tiny_reward_model(PackedRewardModel)
     read = []
-    for model, extra in ((plain, [(mask.cumsum(1) - 1).masked_fill(mask == 0, 1)]), (packed, [])):
+    for model, extra in ((plain, [inputs(mask)["position_ids"]]), (packed, [])):
         readers = attach_readers(model, {"attention", "prefix", "gradient", "contribution", "policy"})
         assert list(readers) == ["attention", "prefix", "gradient", "contribution"]
         with record(readers, mask) as recordings:

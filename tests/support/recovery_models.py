@@ -8,10 +8,11 @@ from transformers.models.llama.modeling_llama import LlamaConfig, LlamaModel, Ll
 
 from abc_plugin.attention.positions import score_positions
 from abc_plugin.tools.bench.families import COMMON, FAMILIES, WINDOW, tiny
-from abc_plugin.tools.bench.parity import LEFT, NONE, ONE, RIGHT, accepted_inputs, inputs
+from abc_plugin.tools.bench.parity import LEFT, NONE, ONE, RIGHT, inputs
+from abc_plugin.tools.bench.under_kernel import Scored
 
 __all__ = ["COMMON", "FAMILIES", "LEFT", "NONE", "ONE", "RIGHT", "WINDOW"]
-__all__ += ["PackedRewardModel", "RewardModel", "Scored", "inputs", "tiny", "tiny_reward_model"]
+__all__ += ["PackedRewardModel", "RewardModel", "inputs", "scored", "tiny", "tiny_reward_model"]
 
 
 class RewardModel(LlamaPreTrainedModel):
@@ -31,12 +32,12 @@ class RewardModel(LlamaPreTrainedModel):
 class PackedRewardModel(RewardModel):
     """Runs on the stream of the mask's tokens, as OpenRLHF does with --ds.packing_samples."""
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        stream = ids[mask == 1][None]
-        position = (mask.cumsum(1) - 1)[mask == 1][None]
-        hidden = self.model(stream, position_ids=position, use_cache=False).last_hidden_state
-        values = torch.zeros(mask.shape).masked_scatter(mask == 1, self.score(hidden).squeeze(-1))
-        return values.gather(1, score_positions(mask)[:, None]).squeeze(1)
+    forward = Scored.forward
+    packed = True
+
+    @property
+    def base(self) -> LlamaModel:
+        return self.model
 
 
 def tiny_reward_model(kind: type[RewardModel] = RewardModel, **changes: object) -> RewardModel:
@@ -44,21 +45,8 @@ def tiny_reward_model(kind: type[RewardModel] = RewardModel, **changes: object) 
     return kind(LlamaConfig(**COMMON | changes)).eval()
 
 
-class Scored(nn.Module):
+def scored(family: str, **changes: object) -> Scored:
     """Any family's base model with a scalar head, read at the mask's last token as OpenRLHF reads it."""
-
-    def __init__(self, family: str, **changes: object) -> None:
-        super().__init__()
-        self.base = tiny(family, **changes)
-        self.config = self.base.config
-        torch.manual_seed(1)
-        self.score = nn.Linear(32, 1, bias=False)
-        self.eval()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.base.get_input_embeddings()
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        feed = accepted_inputs(self.base, mask) | {"input_ids": ids}
-        values = self.score(self.base(attention_mask=mask, use_cache=False, **feed)[0]).squeeze(-1)
-        return values.gather(1, score_positions(mask)[:, None]).squeeze(1)
+    base = tiny(family, **changes)
+    torch.manual_seed(1)
+    return Scored(base).eval()

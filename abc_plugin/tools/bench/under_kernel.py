@@ -12,7 +12,7 @@ from abc_plugin.attention.matrix import rerun_eager_row
 from abc_plugin.attention.positions import score_positions
 from abc_plugin.tools.bench.cost import Read, reading
 from abc_plugin.tools.bench.kernels import running, use_implementation
-from abc_plugin.tools.bench.parity import BF16, FP32, difference, distance, inputs
+from abc_plugin.tools.bench.parity import BF16, FP32, accepted_inputs, difference, distance, inputs
 
 LIMITS = {torch.float32: (difference, FP32, 1e-3), torch.bfloat16: (distance, BF16, 0.1)}
 # Families with what not every kernel takes, and settings that make it weigh.
@@ -36,13 +36,14 @@ class Scored(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         real_BS = attention_mask.bool()
+        feed = accepted_inputs(self.base, attention_mask) | {"input_ids": input_ids}
         if self.packed:
-            feed = {"input_ids": input_ids[real_BS][None], "position_ids": position_ids[real_BS][None]}
+            feed = {name: value_BS[real_BS][None] for name, value_BS in feed.items()}
         else:
-            feed = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
-        value = self.score(self.base(use_cache=False, **feed).last_hidden_state).squeeze(-1)
+            feed["attention_mask"] = attention_mask
+        value = self.score(self.base(use_cache=False, **feed)[0]).squeeze(-1)
         value_BS = value.new_zeros(real_BS.shape).masked_scatter(real_BS, value) if self.packed else value
         return value_BS.gather(1, score_positions(attention_mask)[:, None]).squeeze(1)
 
@@ -65,7 +66,7 @@ def batch(tokens: int, padded: bool, device: torch.device) -> dict[str, Tensor]:
     if padded:
         mask_BS[0, : tokens // 16] = 0
         mask_BS[1, -tokens // 3 :] = 0
-    return {name: value.to(device) for name, value in {**inputs(mask_BS), "attention_mask": mask_BS}.items()}
+    return {"input_ids": inputs(mask_BS)["input_ids"].to(device), "attention_mask": mask_BS.to(device)}
 
 
 def read(model: Scored, feed: dict[str, Tensor], *needs: str, **options: str) -> Read:
@@ -93,9 +94,9 @@ def compare(
         expected, _ = ({}, None) if whole else read(model, feed, "attention", recovery="eager-rerun")
     model.packed = False
     if whole:
-        others = {name: value for name, value in feed.items() if name != "attention_mask"}
+        others = accepted_inputs(model.base, mask_BS) | {"use_cache": False}
         expected, _ = read(use_implementation(model, "eager"), feed, "contribution")
-        expected["attention"] = rerun_eager_row(model.base, "last_full", mask_BS, use_cache=False, **others).cpu()
+        expected["attention"] = rerun_eager_row(model.base, "last_full", mask_BS, **others).cpu()
     figures = {"row": error(found["attention"], expected["attention"])}
     if whole:
         off_BS = (found["contribution"] - expected["contribution"]).abs()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import socket
+import re
 import statistics
 import subprocess
 import sys
@@ -71,20 +71,17 @@ def _texts(tokenizer: AutoTokenizer, count: int, tokens: int) -> list[str]:
 @contextmanager
 def _server(words: list[str]) -> Iterator[int]:
     """The port of ``abc-rlhf serve-rm``, once it serves."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "abc_plugin", "serve-rm", *words, "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "abc_plugin", "serve-rm", *words, "--host", "127.0.0.1", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
         try:
             said = ""
             for line in server.stdout:
                 said = line.strip() or said
-                if "serving on" in line:
+                if serving := re.search(r"serving on http://127\.0\.0\.1:(\d+)/", line):
                     break
             else:
                 raise UserError(f"the server did not start: {said}")
-            yield port
+            yield int(serving[1])
         finally:
             server.terminate()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -90,14 +92,23 @@ def rendered(args: Namespace, rows: Iterable[dict], tokenizer: Any) -> list[str]
 
 
 def check_lengths(args: Namespace, texts: Sequence[str], tokenizer: Any) -> None:
-    """Prints how many prompts lose their front to ``--data.max_len``. Raises UserError where nothing else is left.
+    """Prints how many prompts lose their front to ``--data.max_len``.
+
+    Raises UserError where nothing else is left, and for a prompt without a token.
 
     texts: as ``rendered``.
     """
     longest, new = args.data.max_len, args.rollout.max_new_tokens
     room = longest - (new or 1)
-    rows = [row for row, text in enumerate(texts) if len(text.encode()) >= room]  # a token has at least a byte
+    # A token has at least a byte; what has no letter or digit may have no token, as control characters in WordPiece.
+    rows = [row for row, text in enumerate(texts) if len(text.encode()) >= room or not re.search(r"\w", text)]
     ids = tokenizer([texts[row] for row in rows], add_special_tokens=False)["input_ids"] if rows else []
+    for row, tokens in zip(rows, ids, strict=True):
+        if not tokens:
+            raise UserError(
+                f"--data.prompt_dataset {args.data.prompt_dataset}: row {row + 1}, {texts[row]!r}, has no tokens; "
+                "remove it"
+            )
     cut = {row: tokens for row, tokens in zip(rows, ids, strict=True) if len(tokens) > room}
     if not cut:
         return
@@ -127,6 +138,12 @@ def check_rollouts(args: Namespace, prompts: int, ranks: int, *, saves: bool = F
     train, rollout = args.train, args.rollout
     if args.algo.dynamic_filtering_enable or train.dynamic_batch_enable:  # their sizes are not known before
         return
+    steps, frozen = train.num_episodes * math.ceil(prompts / rollout.batch_size), args.critic.freezing_steps
+    if frozen >= steps:
+        raise UserError(
+            f"--critic.freezing_steps {frozen}: the run has {steps} steps, so the policy would never be trained; give "
+            "fewer, or more --train.num_episodes"
+        )
     unit, copies = train.micro_batch_size * ranks, rollout.n_samples_per_prompt
 
     def wastes(samples: int) -> bool:

@@ -10,10 +10,10 @@ from argparse import Namespace
 
 from abc_plugin.config import add_flags, split_flags
 from abc_plugin.credit import methods
-from abc_plugin.errors import CreditError, Terminated, UserError, WorkerDied
+from abc_plugin.errors import CannotWrite, CreditError, Terminated, UserError, WorkerDied
 from abc_plugin.host.arguments import parse, settings_of
 from abc_plugin.host.imports import import_cluster_host
-from abc_plugin.output_directory import claimed
+from abc_plugin.output_directory import claimed, writing
 
 ON_CPU = "--on_cpu"
 
@@ -60,14 +60,17 @@ def _print_help() -> None:
 def _train(args: Namespace) -> int:
     import ray
 
+    kept = f"checkpoints, if any, are in {args.ckpt.path}: --ckpt.load_enable goes on"
     try:
-        importlib.import_module("openrlhf.cli.train_ppo_ray").train(args)
-    except (ray.exceptions.RayTaskError, ray.exceptions.RayActorError) as error:
-        raise _cause(error) from error
+        with writing(args.ckpt.output_dir, kept):
+            try:
+                importlib.import_module("openrlhf.cli.train_ppo_ray").train(args)
+            except (ray.exceptions.RayTaskError, ray.exceptions.RayActorError) as error:
+                raise _cause(error) from error
     except SystemExit as error:  # what Ray makes of a SIGTERM
         if error.code not in (signal.SIGTERM, Terminated.status):
             raise
-        print(f"abc-rlhf ray: stopped; checkpoints, if any, are in {args.ckpt.path}: --ckpt.load_enable goes on")
+        print(f"abc-rlhf ray: stopped; {kept}")
         raise Terminated from None
     print(f"done: policy in {args.ckpt.output_dir}")
     return 0
@@ -80,7 +83,7 @@ def _cause(error: Exception) -> Exception:
     cause = error
     while isinstance(cause, ray.exceptions.RayTaskError):
         cause = cause.cause
-    if isinstance(cause, UserError | CreditError):
+    if isinstance(cause, UserError | CreditError | CannotWrite | OSError):  # of these, ``writing`` takes a full disk
         return cause
     if not isinstance(cause, ray.exceptions.RayActorError):
         return error

@@ -112,7 +112,7 @@ def _read_summary(path: Path) -> tuple[dict[str, Any], list[str]]:
         return {}, []
     try:
         summary = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         return {}, [f"{path} is not JSON ({error}); left out"]
     if not isinstance(summary, dict):
         return {}, [f"{path} is not a JSON object of names and values; left out"]

@@ -66,7 +66,7 @@ def read_scalars(tensorboard_dir: str | Path) -> dict[str, Curve]:
 def _files_in_time(directory: Path) -> list[dict[str, list]]:
     """The scalar events of each file by tag, files in the order in which they were begun."""
     files = []
-    for path in sorted(directory.rglob("*tfevents*")):
+    for path in sorted(path for path in directory.rglob("*tfevents*") if path.is_file()):
         accumulator = EventAccumulator(str(path), size_guidance={"scalars": 0}, purge_orphaned_data=False).Reload()
         tags = {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
         if tags:

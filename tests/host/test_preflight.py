@@ -1,5 +1,6 @@
 """What the Ray driver refuses before Ray is asked for anything, and what it makes of a worker's end."""
 
+import errno
 import shutil
 from argparse import Namespace
 
@@ -10,8 +11,9 @@ from recovery_models import tiny as tiny_model
 from test_worker import worker
 
 from abc_plugin.config import ShapingConfig
-from abc_plugin.errors import CreditError, UserError, WorkerDied
+from abc_plugin.errors import CannotWrite, CreditError, UserError, WorkerDied
 from abc_plugin.host.imports import import_host
+from abc_plugin.output_directory import writing
 
 import_host()
 
@@ -151,6 +153,9 @@ def test_a_worker_that_died_says_how_to_go_on():
     ours = ray.exceptions.RayTaskError("fit", "traceback", CreditError("lost"))
     with pytest.raises(CreditError, match="lost"):
         raise _cause(ours)
+    full = ray.exceptions.RayTaskError("save_model", "traceback", OSError(errno.ENOSPC, "x", "/out/model.safetensors"))
+    with pytest.raises(CannotWrite, match="/out/model.safetensors cannot be written: No space"), writing("/out"):
+        raise _cause(full)
 
 
 def test_packing_is_refused_where_samples_would_mix():

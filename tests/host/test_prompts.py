@@ -4,6 +4,7 @@ import re
 from argparse import Namespace
 
 import pytest
+import tokenizer_zoo
 from conftest import local_flags
 from transformers import AutoTokenizer
 
@@ -31,18 +32,23 @@ from abc_plugin.local.local_checks import parse_for_one_process  # noqa: E402
         (6, {"batch_size": 4}, "a rollout has 6 completions, no multiple of --train.batch_size 4: OpenRLHF carries"),
         (20, {"ranks": 2, "batch_size": 16, "n_samples": 2}, "has 8 completions, which fill no whole"),
         (18, {"dynamic": True}, None),
+        (24, {"freezing": 2}, None),
+        (24, {"freezing": 3}, "--critic.freezing_steps 3: the run has 3 steps, so the policy would never be trained"),
     ],
 )
 def test_no_step_leaves_a_rest(prompts, changes, message):
-    values = {"batch_size": 8, "n_samples": 1, "max_epochs": 1, "ranks": 1, "dynamic": False} | changes
+    values = {"batch_size": 8, "n_samples": 1, "max_epochs": 1, "ranks": 1, "dynamic": False, "freezing": -1}
+    values |= changes
     train = Namespace(
         batch_size=values["batch_size"],
         micro_batch_size=4,
+        num_episodes=1,
         max_epochs=values["max_epochs"],
         dynamic_batch_enable=values["dynamic"],
     )
     rollout = Namespace(batch_size=8, n_samples_per_prompt=values["n_samples"])
-    args = Namespace(train=train, rollout=rollout, algo=Namespace(dynamic_filtering_enable=False))
+    critic = Namespace(freezing_steps=values["freezing"])
+    args = Namespace(train=train, rollout=rollout, critic=critic, algo=Namespace(dynamic_filtering_enable=False))
     try:
         check_rollouts(args, prompts, values["ranks"], saves=True)
     except UserError as error:
@@ -89,6 +95,13 @@ def test_prompts_that_lose_their_front_are_counted_and_empty_ones_refused(tiny, 
     for template in ({"data.apply_chat_template": True}, {"data.input_template": "{} What do you say of this film?"}):
         with pytest.raises(UserError, match="of row 1, .* tokens long, .* leaves the last 4, which are the template"):
             check(**{"data.max_len": 12} | template)
+
+
+def test_a_prompt_without_a_token_is_named(tiny, tmp_path):
+    args, _ = parse_for_one_process(local_flags(tiny, tmp_path), ShapingConfig())
+    check_lengths(args, ["a", "?!"], tokenizer_zoo.load("bert"))
+    with pytest.raises(UserError, match=r"prompts.jsonl: row 2, '\\x01', has no tokens; remove it"):
+        check_lengths(args, ["a", "\x01"], tokenizer_zoo.load("bert"))
 
 
 REFUSING = (

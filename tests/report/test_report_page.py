@@ -283,6 +283,7 @@ def test_damaged_completions_and_summaries_leave_the_curves(tmp_path, capsys, co
     run = make_run(tmp_path / "run")
     (tmp_path / "run" / "completions.jsonl").write_bytes(content)
     (tmp_path / "run" / "summary.json").write_bytes(content)
+    (tmp_path / "run" / "tensorboard" / "tfevents").mkdir()  # no file
     assert cli.main(["report", run]) == 0
     assert note in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     said = capsys.readouterr().err

@@ -350,6 +350,9 @@ def test_the_command_writes_what_it_prints_and_keeps_results_of_other_settings(t
     assert cli.main([*command, "--seed", "1"]) == 2
     assert "of a lab with other settings; choose another --out" in capsys.readouterr().err
     assert (tmp_path / "lab.json").read_text() == written
+    (tmp_path / "other" / "lab.png").mkdir(parents=True)  # known before anything is computed
+    assert cli.main([*command, "--out", str(tmp_path / "other")]) == 2
+    assert "--out" in (said := capsys.readouterr()).err and "lab.png cannot be written" in said.err and not said.out
 
 
 @pytest.mark.parametrize(
@@ -383,7 +386,7 @@ def test_the_tables_of_the_readme_are_what_the_command_writes(words, count, tmp_
         ("--vocabulary 2 --length 1000000", "lower --length or --vocabulary"),
         ("--reward_models 1000000", "at most"),
         ("--methods abc abx", "--methods 'abx' is not registered; registered: abc"),
-        ("--out /dev/null/x", "choose another --out"),
+        ("--out /dev/null/x", "cannot be written: Not a directory"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_written(words, message, tmp_path, capsys):

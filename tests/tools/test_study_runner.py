@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
 import pytest
@@ -15,7 +16,7 @@ import study_stand_in
 
 from abc_plugin import cli
 from abc_plugin.errors import UserError
-from abc_plugin.tools.study import runner, settings
+from abc_plugin.tools.study import directory, runner, settings
 from abc_plugin.tools.study.directory import Study
 from abc_plugin.tools.study.plan import OWNED
 from abc_plugin.tools.study.settings import Run
@@ -221,6 +222,19 @@ def test_a_folder_in_a_runs_place_that_the_study_did_not_make_is_refused_and_lef
     assert study(ONE.replace("SEED", "[1, 3, 2]")) == 2
     assert "out/none-seed2 has no run.json" in capsys.readouterr().err
     assert mine.read_text() == "mine" and not Path("out/none-seed3").exists()  # nothing is begun
+
+
+def test_a_damaged_study_is_named(here):
+    study, plan = Study(Path("out")), SimpleNamespace(driver="local")
+    Path("out/run").mkdir(parents=True)
+    for text in ("", "{", "[]"):
+        Path("out/plan.yaml").write_text(f"{directory.HEADER}\n{text}")
+        with pytest.raises(UserError, match="out/plan.yaml is damaged; give another --out"):
+            study.older(plan)
+    Path("out/plan.yaml").write_text(f"{directory.HEADER}\ndriver: local")
+    Path("out/run/run.json").write_text("{")
+    with pytest.raises(UserError, match="out/run/run.json is damaged .*; remove its folder"):
+        study.older(plan)
 
 
 def test_a_plan_that_grows_goes_on_and_another_common_flag_is_a_column(here, capsys):

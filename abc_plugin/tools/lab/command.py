@@ -15,6 +15,7 @@ from rich.table import Table
 
 from abc_plugin.credit.methods import Method, available, load
 from abc_plugin.errors import UserError
+from abc_plugin.output_directory import check_file
 
 try:
     from abc_plugin.tools.lab import findings
@@ -26,6 +27,7 @@ try:
 except ModuleNotFoundError as error:
     raise UserError(f"abc-rlhf lab needs {error.name}; pip install 'abc-plugin[report]'") from None
 
+SUFFIXES = ("json", "md", "png")
 MOST_COMPLETIONS = 20_000
 MOST_REWARDS = 5_000_000  # reward models x completions x positions: 40 MB a table
 SHOWN = ("cosine", "worst", "norm_ratio", "flips", "noise", "gain", "best")  # columns that fit a terminal
@@ -90,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(_table(summary[summary["lambda"] == args.lambdas[0]]))
     lines = json.loads(summary.to_json(orient="records", double_precision=15))  # infinities as null
     everything = {"settings": setting, "example": example, "verdict": sentences, "rows": lines}
-    files = [args.out / f"lab.{suffix}" for suffix in ("json", "md", "png")]
+    files = [args.out / f"lab.{suffix}" for suffix in SUFFIXES]
     try:
         files[0].write_text(json.dumps(everything, indent=1), encoding="utf-8")
         files[1].write_text(findings.as_markdown(summary, setting, example, sentences), encoding="utf-8")
@@ -136,15 +138,12 @@ def _methods(names: list[str] | None) -> dict[str, Method]:
 
 
 def _refuse_other_results(out: Path, setting: dict[str, Any]) -> None:
-    """Make the directory; refuse one that holds the results of other settings."""
+    """Make the directory; refuse one that cannot be written, or holds the results of other settings."""
+    for suffix in SUFFIXES:
+        check_file("--out", out / f"lab.{suffix}")
     earlier = out / "lab.json"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not earlier.exists():
-            return
-        same = json.loads(earlier.read_text(encoding="utf-8")).get("settings") == setting
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
+        same = not earlier.exists() or json.loads(earlier.read_bytes()).get("settings") == setting
     except (ValueError, AttributeError):
         same = False
     if not same:

@@ -50,7 +50,11 @@ class Study:
         text = written.read_text(encoding="utf-8") if written.is_file() else ""
         if not text.startswith(HEADER):
             raise UserError(f"{self.root} has files of another origin, such as {there[0].name}; give another --out")
-        if (driver := yaml.safe_load(text)["driver"]) != plan.driver:
+        try:
+            driver = yaml.safe_load(text)["driver"]
+        except (yaml.YAMLError, TypeError, KeyError):
+            raise UserError(f"{written} is damaged; give another --out, or remove it where the plan is this") from None
+        if driver != plan.driver:
             raise UserError(f"{self.root} is a study with driver {driver}, not {plan.driver}; give another --out")
         flags = {path.parent.name: _read_json(path)["flags"] for path in sorted(self.root.glob(f"[!.]*/{RUN}"))}
         return {run: {name: tuple(words) for name, words in each.items()} for run, each in flags.items()}

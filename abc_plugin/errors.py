@@ -25,3 +25,8 @@ class Terminated(KeyboardInterrupt):
 
 class WorkerDied(RuntimeError):
     """A process of a Ray cluster is gone; the message says how to go on."""
+
+
+def first_line(error: object) -> str:
+    """What an error says, in one line for a message: the first, or the name of its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

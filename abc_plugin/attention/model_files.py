@@ -40,7 +40,7 @@ from transformers.utils.logging import (
 )
 
 from abc_plugin.attention.layers import skeleton
-from abc_plugin.errors import UserError
+from abc_plugin.errors import UserError, first_line
 
 CONTENTS = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py"}  # the files of a model that count
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -79,7 +79,7 @@ def read_config(flag: str, path: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=True)
     except (OSError, ValueError, TypeError) as error:  # TypeError: config.json is no object
-        raise UserError(f"{flag} {path} is not a Hugging Face model: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{flag} {path} is not a Hugging Face model: {first_line(error)}") from None
 
 
 def read_headers(flag: str, path: str) -> dict[str, Tensor]:
@@ -99,7 +99,7 @@ def read_headers(flag: str, path: str) -> dict[str, Tensor]:
             try:
                 tensors |= load_state_dict(file, map_location="meta")
             except Exception as error:  # no file, or one cut short: each reader has its own kinds of error
-                reason = str(error).splitlines()[0] if file else "it is missing"
+                reason = first_line(error) if file else "it is missing"
                 raise UserError(f"{flag} {path}: {part} of its weights cannot be read: {reason}") from None
         return tensors
     raise UserError(f"{flag} {path} has no weights ({SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}); save the model there")
@@ -260,7 +260,7 @@ def check_adapter(flag: str, path: str) -> None:
         with torch.device("meta"):
             adapted = get_peft_model(model, PeftConfig.from_pretrained(path))
     except Exception as error:  # a missing or damaged file, or layers that the base does not have
-        raise UserError(f"{flag} {path} is no adapter of {base}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{flag} {path} is no adapter of {base}: {first_line(error)}") from None
     for name, tensor in get_peft_model_state_dict(adapted, save_embedding_layers=False).items():
         if name not in tensors or tensors[name].shape != tensor.shape:
             there = _shape(tensors[name].shape) if name in tensors else "missing"

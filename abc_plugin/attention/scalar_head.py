@@ -11,7 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from abc_plugin.attention.model_files import check_normalisation, check_weights, read_config
 from abc_plugin.attention.positions import score_positions
-from abc_plugin.errors import UserError
+from abc_plugin.errors import UserError, first_line
 
 FLAG = "--reward.model_name_or_path"
 
@@ -34,7 +34,7 @@ def load_reward_model(
     try:
         model = reward_class(config, head).from_pretrained(path, config=config, dtype=dtype, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{FLAG} {path} does not load: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{FLAG} {path} does not load: {first_line(error)}") from None
     model.config.use_cache = False
     return model
 

@@ -18,7 +18,7 @@ from types import CodeType, SimpleNamespace
 from typing import Any, NoReturn
 
 from abc_plugin.config import ShapingConfig
-from abc_plugin.errors import UserError
+from abc_plugin.errors import UserError, first_line
 from abc_plugin.output_directory import CONTENTS
 
 CLI = "openrlhf.cli.train_ppo_ray"
@@ -88,7 +88,7 @@ def parse(argv: list[str], command: str = "local", script: str = CLI, **names: A
     except UserError:
         raise
     except Exception as error:  # assertions, and what the script trips over when a value makes no sense
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         hint = " (one process runs without vLLM engines)" if command == "local" else ""
         raise UserError(f"OpenRLHF refused the flags: {reason}{hint}") from None
     raise RuntimeError(f"{script} ended without using its arguments: this OpenRLHF version is not supported")

@@ -14,7 +14,7 @@ from datasets import Dataset
 from openrlhf.datasets import PromptDataset
 from openrlhf.datasets.utils import blending_datasets
 
-from abc_plugin.errors import UserError
+from abc_plugin.errors import UserError, first_line
 from abc_plugin.jsonl import read_jsonl
 
 
@@ -40,7 +40,7 @@ def read_data(args: Namespace) -> Dataset:
         if Path(data_args.prompt_dataset).suffix == ".jsonl" and Path(data_args.prompt_dataset).is_file():
             read_jsonl(data_args.prompt_dataset, "mend or remove the line")  # names a line that is no JSON
         error = error.__cause__ or error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         split = f"split {data_args.prompt_split!r}"
         raise UserError(f"{source} ({split}) cannot be read: {reason}") from None
     for name, key in (("input", data_args.input_key), ("label", data_args.label_key)):
@@ -80,7 +80,7 @@ def rendered(args: Namespace, rows: Iterable[dict], tokenizer: Any) -> list[str]
     try:
         return PromptDataset(counted(), tokenizer, quiet_strategy(args), input_template=template).prompts
     except Exception as error:  # templates raise errors of their own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if template:
             raise UserError(
                 f"--data.input_template {template!r} cannot be filled in ({type(error).__name__}: {reason}): "

@@ -35,7 +35,7 @@ import torch
 
 from abc_plugin.config import ShapingConfig, add_flags, split_flags
 from abc_plugin.credit.methods import load
-from abc_plugin.errors import UserError
+from abc_plugin.errors import UserError, first_line
 from abc_plugin.host.imports import import_host
 from abc_plugin.text.mapping import SURROGATE, piece_spans
 from abc_plugin.text.remote_credit import SPANS
@@ -262,7 +262,7 @@ def _load(args: Namespace) -> Any:
     try:
         return importlib.import_module(CLI).RewardModelProxy(args)
     except Exception as error:  # whatever the host or transformers trip over while they load the model
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"the reward model cannot be loaded: {reason} (abc-rlhf serve-rm --help)") from error
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from abc_plugin.errors import UserError
+from abc_plugin.errors import UserError, first_line
 from abc_plugin.host.install import undecorated
 from abc_plugin.host.worker import RestoredCritic, keep_gradients_exact
 from abc_plugin.local.ranks import gather_zero3
@@ -230,7 +230,7 @@ def bitsandbytes() -> ModuleType:
         import bitsandbytes
     except (ImportError, OSError, RuntimeError) as error:
         raise UserError(
-            f"--ds.load_in_4bit needs bitsandbytes ({str(error).splitlines()[0]}); pip install bitsandbytes==0.50.2"
+            f"--ds.load_in_4bit needs bitsandbytes ({first_line(error)}); pip install bitsandbytes==0.50.2"
         ) from None
     return bitsandbytes
 

@@ -20,7 +20,7 @@ import torch
 from openrlhf.trainer.ppo_utils.experience import Experience
 from peft import PeftModel
 
-from abc_plugin.errors import Terminated, UserError
+from abc_plugin.errors import Terminated, UserError, first_line
 from abc_plugin.local.ranks import TERMINATION, current_rank, gather
 from abc_plugin.output_directory import writing
 
@@ -200,6 +200,6 @@ def _drop_later_events(logger: Any, step: int) -> None:
 
 
 def _unreadable(file: str, args: Any, reason: object) -> UserError:
-    first = str(reason).splitlines()[0] if str(reason) else type(reason).__name__
     where = args.checkpoints.directory(args.checkpoints.step)
-    return UserError(f"{file} cannot be read: {first}; remove {where} to go on from the checkpoint before it")
+    why = f"{file} cannot be read: {first_line(reason)}"
+    return UserError(f"{why}; remove {where} to go on from the checkpoint before it")

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from abc_plugin.errors import UserError
+from abc_plugin.errors import UserError, first_line
 from abc_plugin.jsonl import check_text, read_jsonl
 from abc_plugin.output_directory import check_file
 from abc_plugin.text.compare import COMPATIBLE, INCOMPATIBLE, SAME, Comparison, ModelTokenizer, compare, end_ids
@@ -54,7 +54,7 @@ def load_tokenizer(path: str, *, use_fast: bool = True) -> ModelTokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, use_fast=use_fast)
     except Exception as error:  # a damaged tokenizer.json raises the bare class
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{path} has no usable tokenizer ({reason}); save its tokenizer beside it") from None
     if len(tokenizer.get_vocab()) <= len(tokenizer.added_tokens_decoder):
         # transformers makes one from the configuration alone where the files are missing, and only warns.
@@ -88,7 +88,7 @@ def _prompt(row: dict[str, Any], key: str, tokenizer: Any, where: str) -> str:
         try:
             prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates raise errors of their own
-            raise UserError(f"{where}: the policy's chat template refuses it: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{where}: the policy's chat template refuses it: {first_line(error)}") from None
     if not isinstance(prompt, str):
         raise UserError(f"{where}: {str(prompt)[:40]!r} is no text")
     check_text(prompt, where)

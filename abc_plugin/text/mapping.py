@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from abc_plugin.errors import UserError
+from abc_plugin.errors import UserError, first_line
 from abc_plugin.text.spans import Floats, Pairs, adds_spaces, pair, token_spans
 
 Messages = list[dict[str, str]]  # turns, as apply_chat_template takes them
@@ -168,8 +168,7 @@ def _rendered(reward_model: Any, turns: Messages, reply: str) -> str:
     try:
         return reward_model.apply_chat_template([*turns, {"role": "assistant", "content": reply}], tokenize=False)
     except Exception as error:  # templates raise errors of their own for turns that they do not like
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the reward model's chat template cannot be used: {reason}") from None
+        raise UserError(f"the reward model's chat template cannot be used: {first_line(error)}") from None
 
 
 class _Encoder:

@@ -12,7 +12,7 @@ from typing import Any
 
 from abc_plugin.config import ShapingConfig, add_flags
 from abc_plugin.credit import methods as registry
-from abc_plugin.errors import CreditError, UserError
+from abc_plugin.errors import CreditError, UserError, first_line
 from abc_plugin.output_directory import locked, refuse_models, writing
 
 try:
@@ -170,7 +170,7 @@ def _tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"{FLAG} {path} has no tokenizer: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{FLAG} {path} has no tokenizer: {first_line(error)}") from None
 
 
 def _digest(completions: list[Completion]) -> str:

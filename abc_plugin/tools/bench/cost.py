@@ -34,7 +34,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, LlamaCon
 from abc_plugin.attention.attach import attach
 from abc_plugin.attention.positions import generating_rows
 from abc_plugin.attention.readers import attach_readers, record, rows
-from abc_plugin.errors import UserError
+from abc_plugin.errors import UserError, first_line
 
 Forward = Callable[[], object]
 Read = tuple[dict[str, Tensor], Any]  # rows by need, and what the model returned
@@ -184,7 +184,7 @@ def load(auto: Any, path: str, **options: Any) -> Any:
     try:
         return auto.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {path} does not load: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--model {path} does not load: {first_line(error)}") from None
 
 
 @torch.no_grad()

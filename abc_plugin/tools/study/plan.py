@@ -15,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from abc_plugin.errors import UserError
+from abc_plugin.errors import UserError, first_line
 
 Words = tuple[str, ...]  # an option's words on the command line; ("true",) is a switch that is on
 
@@ -68,7 +68,7 @@ def read_plan(path: str | Path, *, smoke: bool = False) -> Plan:
     except OSError as error:
         wrong = f"{error.filename} cannot be read: {error.strerror}"
     except OmegaConfBaseException as error:
-        wrong = f"{error.full_key}: {str(error).splitlines()[0]}; a plan's keys are {', '.join(KEYS)}"
+        wrong = f"{error.full_key}: {first_line(error)}; a plan's keys are {', '.join(KEYS)}"
     except TypeError as error:  # of OmegaConf, which does not name the key
         wrong = f"{error}; flags and smoke map names to values, runs is a list of such maps"
     except (UserError, ValueError, yaml.YAMLError) as error:

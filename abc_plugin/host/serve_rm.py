@@ -76,9 +76,10 @@ class CreditServer:
         texts = await asyncio.get_running_loop().run_in_executor(self._reader, self.encode, queries)
         scored = await self.forwards.of(texts, gone)
         rewards = [one.pop("reward") for one in scored]
-        for index, reward in enumerate(rewards):
-            if not math.isfinite(reward):
-                raise ValueError(f"the reward of query {index} is {reward}: {queries[index][:60]!r}")
+        for index, (reward, logs) in enumerate(zip(rewards, scored, strict=True)):
+            for what, values in {"reward": [[reward]], **logs}.items():
+                if bad := [value for *_, value in values if not math.isfinite(value)]:
+                    raise ValueError(f"the {what} of query {index} is {bad[0]}: {queries[index][:60]!r}")
         logs = {name: [one[name] for one in scored] for name in scored[0]}
         return {"rewards": rewards, "scores": rewards, "extra_logs": logs}
 

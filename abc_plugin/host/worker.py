@@ -149,6 +149,9 @@ class Member(NamedTuple):
         if not (finite_B := reward_B.isfinite()).all():
             bad = int((~finite_B).sum())
             raise NotFinite(f"{bad} of {len(reward_B)} scores of the reward model {self.path} are NaN or infinite")
+        for name, row_BS in evidence.items():
+            if not row_BS.isfinite().all():
+                raise NotFinite(f"the {name} read of the reward model {self.path} is NaN or infinite")
         info = {}
         if mapped is not None:
             info["reward_truncated"] = mapped.truncated_B.float()

@@ -199,6 +199,12 @@ def test_a_score_that_is_no_number_names_its_query(server, monkeypatch):
     monkeypatch.setattr(server.forwards, "_score", lambda texts: [{"reward": float("nan")} for _ in texts])
     (error,) = post(server, Asked({"query": QUERIES}))
     assert str(error).startswith("500: the reward of query 0 is nan: 'The film")
+    spans = [[0, 1, float("inf")]]
+    monkeypatch.setattr(
+        server.forwards, "_score", lambda texts: [{"reward": 0.0, "credit_spans": spans} for _ in texts]
+    )
+    (error,) = post(server, Asked({"query": QUERIES}))
+    assert str(error).startswith("500: the credit_spans of query 0 is inf: 'The film")
 
 
 def test_half_of_a_surrogate_pair_is_scored_as_the_replacement_character(server):

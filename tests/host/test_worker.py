@@ -200,6 +200,13 @@ def test_undecorated_finds_the_class_behind_ray():
     assert undecorated(BaseModelActor) is BaseModelActor
 
 
+def test_evidence_that_is_no_number_ends_the_run_where_the_score_is_one(tiny, monkeypatch, batch):
+    whole = worker(tiny, monkeypatch, ShapingConfig("abc"))
+    monkeypatch.setattr("abc_plugin.host.worker.rows", lambda _: {"attention": torch.full((3, 4), torch.inf)})
+    with pytest.raises(NotFinite, match="the attention read of the reward model .*/reward_model is NaN or infinite"):
+        whole.forward(*batch)
+
+
 def test_a_score_that_is_no_number_ends_the_run_whatever_the_method(tiny, monkeypatch, batch):
     broken = worker(tiny, monkeypatch, ShapingConfig("none"))
     broken.model.score.weight.data.fill_(torch.nan)

@@ -1,6 +1,7 @@
 """The embedded default and its tiny variant: the layout, prompts, cache, and (slow) the reward model's accuracy."""
 
 import dataclasses
+import errno
 import json
 import random
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from abc_plugin.cli import main
-from abc_plugin.errors import UserError
+from abc_plugin.errors import CannotWrite, UserError
 from abc_plugin.tools.demo import embedded, lexicon, other, prepare, recipe, reward, small
 from abc_plugin.tools.demo.recipe import Recipe, recipe_hash, versions
 from abc_plugin.tools.demo.reviews import Review, cut_prompts, cut_windows, read_corpus
@@ -178,6 +179,22 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, error):
     with pytest.raises(error):
         prepare.ensure(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_to_an_empty_directory_stays_one_and_a_full_disk_is_said(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    with prepare.whole_directory((tmp_path / "link").resolve()) as part:
+        (part / "card.json").write_text("{}")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "card.json").exists()
+    monkeypatch.setattr(prepare, "whole_directory", lambda out: pytest.fail(str(out)))
+    with pytest.raises(pytest.fail.Exception, match="/disk2$"):
+        (tmp_path / "link2").symlink_to(tmp_path / "disk2")
+        prepare.ensure(tmp_path / "link2")
+    monkeypatch.undo()
+    with pytest.raises(CannotWrite, match="/new cannot be written: .*; free about 700 MB or use --out"):  # noqa: SIM117
+        with prepare.whole_directory(tmp_path / "new"):
+            raise OSError(errno.ENOSPC, "x")
 
 
 @pytest.mark.parametrize(

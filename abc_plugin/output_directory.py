@@ -39,10 +39,10 @@ MAY_CHANGE = (
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The settings that shape the curve and differ, in words; a path whose contents are known goes by these."""
-    names = [name for name in then.keys() & now.keys() if then[name] != now[name]]
+    names = [name for name, value in then.items() if name in now and value != now[name]]
     return [
         f"{name} {then[name]} (now {now[name]})"
-        for name in sorted(names)
+        for name in names
         if not name.removeprefix("--").startswith(MAY_CHANGE) and not {name + CONTENTS} & then.keys() & now.keys()
     ]
 

@@ -171,8 +171,8 @@ def writing(path: str | Path, kept: str = "") -> Iterator[None]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that after a kill it is there as a whole or not at all."""
-    part = path.with_suffix(".part")
-    with open(part, "w", encoding="utf-8") as file:
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "w", encoding="utf-8", newline="") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from abc_plugin.credit.methods import Evidence, Method
+from abc_plugin.credit.methods import Evidence, Method, part_credit
 from abc_plugin.credit.redistribute import last_action, mix, redistribute, renormalised, uniform_weights
 
 STEPS = 40  # bisections: the mixture is found to 2^-40
@@ -87,8 +87,7 @@ def in_deviations(credit_BA: Tensor, reward_B: Tensor, action_mask_BA: Tensor, d
     earlier_BA = torch.where(last_BA, 0.0, credit_BA.double())
     divides_B = deviation_B >= LEAST_DEVIATION * earlier_BA.norm(dim=1)
     divided_BA = torch.where(divides_B[:, None], earlier_BA / deviation_B[:, None], 0.0)
-    rest_B1 = reward_B.double()[:, None] - divided_BA.sum(1, keepdim=True)
-    return torch.where(last_BA, rest_B1, divided_BA).float()
+    return part_credit(divided_BA, action_mask_BA, reward_B)
 
 
 def disagreement(credits: Sequence[Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ import pandas as pd
 import yaml
 
 from abc_plugin.errors import UserError
-from abc_plugin.output_directory import probe
+from abc_plugin.output_directory import probe, write_atomically
 from abc_plugin.report.runs import KL, REWARD, SECONDS, read_run
 from abc_plugin.tools.study.plan import Plan, Words
 from abc_plugin.tools.study.settings import Run, column, columns
@@ -77,7 +77,7 @@ class Study:
             raise UserError(f"{self.root}: a study is running there (process {process}); give another --out") from None
         self.lock.truncate(0)
         print(os.getpid(), file=self.lock, flush=True)
-        write_whole(self.root / PLAN, f"{HEADER}\n{plan.text}")
+        write_atomically(self.root / PLAN, f"{HEADER}\n{plan.text}")
 
     def folder(self, run: Run) -> Path:
         return self.root / run.name
@@ -92,7 +92,7 @@ class Study:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(exist_ok=True)
         note = {"run": run.name, "settings": run.settings, "flags": run.options}
-        write_whole(folder / RUN, _json(note | {"command": command, "versions": versions}))
+        write_atomically(folder / RUN, _json(note | {"command": command, "versions": versions}))
 
     def finish(self, run: Run, seconds: float, *, keep_policy: bool) -> str | None:
         """Write the ended run's curve; returns what is wrong with it, in which case it is not finished."""
@@ -108,8 +108,8 @@ class Study:
         if bad := [step for step, value in curve["reward"].items() if not np.isfinite(value)]:
             return f"its reward is {curve['reward'][bad[0]]} in step {bad[0]}"
         per_step = logged.curve(SECONDS).mean() if len(logged.curve(SECONDS)) else seconds / steps
-        write_whole(folder / TIMES, _json({"seconds": round(seconds, 1), "seconds_per_step": round(per_step, 3)}))
-        write_whole(folder / CURVE, curve.to_csv())
+        write_atomically(folder / TIMES, _json({"seconds": round(seconds, 1), "seconds_per_step": round(per_step, 3)}))
+        write_atomically(folder / CURVE, curve.to_csv())
         if not keep_policy:
             self.drop_weights(run)
         return None
@@ -130,9 +130,9 @@ class Study:
             results.append(curve.assign(**{name: run.settings[name] for name in names}))
             timing.append({"run": run.name} | _read_json(self.folder(run) / TIMES))
         rows = pd.concat(results or [pd.DataFrame()]).reindex(columns=[*names, "step", *TAGS])
-        write_whole(self.root / RESULTS, rows.rename(columns=column).to_csv(index=False))
+        write_atomically(self.root / RESULTS, rows.rename(columns=column).to_csv(index=False))
         times = pd.DataFrame(timing, columns=["run", "seconds", "seconds_per_step"])
-        write_whole(self.root / TIMING, times.to_csv(index=False))
+        write_atomically(self.root / TIMING, times.to_csv(index=False))
 
 
 def _json(value: object) -> str:
@@ -144,13 +144,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); remove its folder, and the run is made anew") from None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

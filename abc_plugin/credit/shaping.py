@@ -73,6 +73,31 @@ def shape(
     return Shaped(reward_BA, credit_BA, share_BA, apart_BA)
 
 
+def slope(evidences: Sequence[Evidence], reward_N: Tensor) -> float:
+    """By how much the reward grows with what contributions say of it: least squares over a batch of N responses.
+
+        k = max(0, sum_n (S[n] - mean S)·reward[n] / sum_n (S[n] - mean S)^2)          1 where all S are the same
+        S[n] = sum of contribution[n,t] over the actions t of response n but the last
+
+    A contribution is what a token adds through the last layer's attention. Earlier layers read the same token and hand
+    on what they read to the last token's own stream, of which contributions know nothing; so they are small, and most
+    of the reward stays with the last action. k·contribution is the best prediction of the reward that is linear in
+    them, and k the coefficient of least variance of the control variate that past contributions are to later actions.
+    Responses without actions do not count.
+    """
+    sums, acts = [], []
+    for one in evidences:
+        mask_BA = one.action_mask_BA.bool()
+        earlier_BA = mask_BA & ~last_action(mask_BA).bool()
+        sums.append((one.contribution_BA.double() * earlier_BA).sum(1))
+        acts.append(mask_BA.any(1))
+    acts_N = torch.cat(acts)
+    sum_N, reward_N = torch.cat(sums)[acts_N], reward_N.double()[acts_N]
+    apart_N = sum_N - sum_N.mean() if len(sum_N) else sum_N
+    variation = apart_N.square().sum().item()
+    return max(0.0, (apart_N * reward_N).sum().item() / variation) if variation > 0 else 1.0
+
+
 def in_deviations(credit_BA: Tensor, reward_B: Tensor, action_mask_BA: Tensor, deviation_B: Tensor) -> Tensor:
     """Credit in the score's units -> credit of a reward that was divided by its group's deviation, (B, A) fp32.
 

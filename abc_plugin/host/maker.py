@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from abc_plugin.config import ShapingConfig
 from abc_plugin.credit import methods
 from abc_plugin.credit.metrics import credit_metrics, mean_disagreement, negative_share, without_attention
 from abc_plugin.credit.redistribute import last_action
-from abc_plugin.credit.shaping import Shaped, dropped, shape
+from abc_plugin.credit.shaping import Shaped, dropped, shape, slope
 from abc_plugin.errors import CreditError, NotFinite
 from abc_plugin.host.worker import EvidenceBatch
 from abc_plugin.text.remote_credit import SPANS, token_row
@@ -60,9 +61,13 @@ class CreditExperienceMaker(RemoteExperienceMaker):
         super().__init__(*args, **kwargs)
         self.shaping = self.args.shaping
         self.method = methods.load(self.shaping.method)
+        self.gamma = self.args.algo.advantage.gamma
+        if self.shaping.dense and self.args.algo.advantage.estimator not in ("gae", "reinforce"):
+            self.args.algo.advantage.gamma = 1.0  # as the host would, which says so in every run
         self.announced = False
         self._received: list[list[EvidenceBatch]] = []  # by group of workers, in the order of the experiences
-        self._waiting: list[tuple[Experience, Tensor]] = []  # whose return is still to come, with their scores
+        # Whose return is still to come, with their scores and what each reward model shows of them.
+        self._waiting: list[tuple[Experience, Tensor, list[methods.Evidence]]] = []
         self._parts: list[RewardParts] = []
         self._spans: dict[str, dict[int, Tensor]] = {}  # credit that came with remote rewards, by need and sample
 
@@ -187,7 +192,11 @@ class CreditExperienceMaker(RemoteExperienceMaker):
                 _check_finite("the reward", experience.rewards, experience)
                 experience.kl = experience.kl.float()  # the host gives the reward the penalty's dtype
         # The host's length penalties change the scores in place.
-        self._waiting = [(one, one.info.get("reward", one.rewards).clone()) for one in experiences]
+        scores = [one.info.get("reward", one.rewards).clone().reshape(-1) for one in experiences]
+        members = [self._members(one) if self.shaping.dense else [] for one in experiences]
+        if self.shaping.dense and "contribution" in self.method.needs:
+            members = _fitted(experiences, members, torch.cat(scores))
+        self._waiting = list(zip(experiences, scores, members, strict=True))
         experiences = super().compute_advantages_and_returns(experiences)
         if self._waiting:
             raise CreditError(f"OpenRLHF skipped the reward of {len(self._waiting)} experiences: their credit is lost")
@@ -201,7 +210,14 @@ class CreditExperienceMaker(RemoteExperienceMaker):
         return super().get_advantages_and_returns(values, shaped_BA, action_mask, gamma, lambd)
 
     def get_cumulative_returns(self, rewards: Tensor, action_mask: Tensor, gamma: float) -> Tensor:
-        """The host's discounted sums (every estimator without a critic) of the shaped reward."""
+        """The host's discounted sums (every estimator without a critic) of the shaped reward.
+
+            return[b,t] = sum_{u >= t} gamma^(u - t)·reward[b,u]
+
+        gamma: with credit that of ``--algo.advantage.gamma`` under every estimator. The host sets it to 1 for groups,
+        whose sparse reward would only fade; credit comes near its token, and what is discounted is others' noise.
+        """
+        gamma = self.gamma if self.shaping.dense else gamma
         return super().get_cumulative_returns(self._shaped(rewards, action_mask), action_mask, gamma)
 
     def _shaped(self, reward_BA: Tensor, action_mask_BA: Tensor, value_BA: Tensor | None = None) -> Tensor:
@@ -210,10 +226,10 @@ class CreditExperienceMaker(RemoteExperienceMaker):
             return reward_BA
         if not self._waiting or self._waiting[0][0].action_mask is not action_mask_BA:
             raise CreditError("OpenRLHF asked for the return of an experience out of turn, or asked twice")
-        experience, score_B = self._waiting.pop(0)
+        experience, score_B, members = self._waiting.pop(0)
         final_B, penalty_BA = self._split(experience, reward_BA)
         if self.shaping.dense:
-            credit_BA, shaped_BA = self._redistribute(experience, final_B)
+            credit_BA, shaped_BA = self._redistribute(experience, members, final_B)
         else:
             credit_BA = last_action(action_mask_BA)
             shaped_BA = credit_BA * final_B[:, None]
@@ -246,9 +262,11 @@ class CreditExperienceMaker(RemoteExperienceMaker):
             final_BA = reward_BA.double() - penalty_BA.double()
         return final_BA.where(last_BA, 0.0).sum(1).to(reward_BA.dtype), penalty_BA
 
-    def _redistribute(self, experience: Experience, final_B: Tensor) -> tuple[Tensor, Tensor]:
+    def _redistribute(
+        self, experience: Experience, members: list[methods.Evidence], final_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Credit by the method, and the shaped reward, each (B, A); notes the metrics on the experience."""
-        mask_BA, members = experience.action_mask, self._members(experience)
+        mask_BA = experience.action_mask
         deviation_B = None
         if self.method.needs & methods.SCORE_UNITS and self.args.algo.advantage.estimator == GROUP_NORM:
             deviation_B = experience.info["group_reward_std"] + EPSILON
@@ -284,6 +302,19 @@ class CreditExperienceMaker(RemoteExperienceMaker):
             others_B = experience.info.get("credit_without_attention", without_B)  # of an ensemble's other members
             experience.info["credit_without_attention"] = torch.maximum(without_B, others_B)
         return methods.Evidence(experience.sequences, experience.action_mask, **rows_BA)
+
+
+def _fitted(
+    experiences: list[Experience], members: list[list[methods.Evidence]], score_N: Tensor
+) -> list[list[methods.Evidence]]:
+    """Each reward model's contributions, of all experiences, times their ``slope``; the metric is its mean."""
+    scales = [slope(of_model, score_N) for of_model in zip(*members, strict=True)]
+    for one in experiences:
+        one.info["credit_scale"] = torch.full((len(one.index),), sum(scales) / len(scales))
+    return [
+        [replace(each, contribution_BA=scale * each.contribution_BA) for each, scale in zip(own, scales, strict=True)]
+        for own in members
+    ]
 
 
 def special_actions(tokenizer: Any, sequences_BS: Tensor) -> Tensor:

@@ -187,6 +187,29 @@ def test_order_of_experiences_does_not_matter():
     assert torch.equal(straight[1].returns, turned[0].returns)
 
 
+@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name != "gae"])
+def test_gamma_discounts_credit_under_every_estimator_and_the_sparse_reward_where_the_host_does(estimator):
+    def returns(method):
+        words = [*flags(estimator), "--algo.advantage.gamma", "0.5"]
+        return make(CreditExperienceMaker, ShapingConfig(method, 1.0), *words).compute_advantages_and_returns([one()])[
+            0
+        ]
+
+    def one():
+        exp = experience(0, first=0)
+        exp.kl = torch.zeros_like(exp.kl)
+        return exp
+
+    dense = returns("uniform")
+    # Row 1 has five actions of equal credit c: c, c·(1 + 1/2), c·(1 + 1/2 + 1/4), ... from the last one back.
+    last = dense.returns[1, 7]
+    torch.testing.assert_close(dense.returns[1, 3:8], last * torch.tensor([1.9375, 1.875, 1.75, 1.5, 1.0]))
+    assert last != 0
+    sparse = returns("none").returns[1, 3:8]
+    fades = [0.0625, 0.125, 0.25, 0.5, 1.0] if estimator == "reinforce" else [1.0] * 5
+    torch.testing.assert_close(sparse, sparse[-1] * torch.tensor(fades))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

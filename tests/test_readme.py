@@ -55,7 +55,9 @@ def test_the_flags_exist(capsys):
 def test_the_metrics_are_the_ones_logged():
     zeros = torch.zeros(1, 1)
     logged = credit_metrics(zeros, zeros, zeros[0], zeros, zeros)
-    others = {"credit_moved", "credit_without_attention", "credit_negative_share", "credit_disagreement"}
+    others = {"credit_moved", "credit_without_attention", "credit_negative_share", "credit_disagreement"} | {
+        "credit_scale"
+    }
     metrics = (ROOT / "abc_plugin" / "host" / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"`(credit_\w+)`", metrics)) == {*logged, *others}
     assert set(re.findall(r"`(credit_\w+)`", README)) <= {*logged, *others}

@@ -159,7 +159,8 @@ def part(need: str) -> Method:
     return Method(frozenset({need}), credit)
 
 
-ABC_SIGNED = part("contribution")  # what each token adds to the score through the last layer's attention
+# What each token adds to the score through the last layer's attention, in a run times the batch's ``shaping.slope``.
+ABC_SIGNED = part("contribution")
 SHAPLEY = part("shapley")  # the mean of what its segment adds to the score of parts of the response
 
 

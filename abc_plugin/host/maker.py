@@ -309,6 +309,12 @@ def _fitted(
 ) -> list[list[methods.Evidence]]:
     """Each reward model's contributions, of all experiences, times their ``slope``; the metric is its mean."""
     scales = [slope(of_model, score_N) for of_model in zip(*members, strict=True)]
+    if not all(scales):
+        print(
+            "abc_plugin: WARNING: in this batch contributions do not rise with the reward (credit_scale 0): the "
+            "reward stays with the last tokens. Where it happens often, audit the reward model (abc-rlhf audit)",
+            flush=True,
+        )
     for one in experiences:
         one.info["credit_scale"] = torch.full((len(one.index),), sum(scales) / len(scales))
     return [

@@ -8,7 +8,7 @@ import torch
 from abc_plugin.credit.methods import ABC, ABC_SIGNED, GRAD_INPUT, PREFIX, UNIFORM, Evidence
 from abc_plugin.credit.metrics import mean_disagreement, negative_share
 from abc_plugin.credit.redistribute import mix
-from abc_plugin.credit.shaping import disagreement, dropped, entropy, pooled, shape, with_entropy, without
+from abc_plugin.credit.shaping import disagreement, dropped, entropy, pooled, shape, slope, with_entropy, without
 
 
 def tensor(*rows):
@@ -29,6 +29,19 @@ def test_prefix_by_hand():
     expected = tensor([0, -8.0, -0.5, 10.5, 0], [0.25, 0, 0, -0.75, -0.5], [0, 0, 5.0, 0, 0], [0] * 5)
     assert torch.equal(credit, expected)
     assert negative_share(credit).tolist() == pytest.approx([8.5 / 19.0, 1.25 / 1.5, 0.0, 0.0])
+
+
+def test_slope_by_hand():
+    """S without the last action: 1.5 - 0.25, 0.5 - 1, 0; the row without actions does not count."""
+    contribution = tensor([9.0, 1.5, -0.25, 7.0, 9.0], [0.5, 9.0, 9.0, -1.0, 7.0], [3.0] * 5, [1.0] * 5)
+    evidence = Evidence(IDS, MASK, contribution_BA=contribution)
+    # mean S = 0.25: deviations 1, -0.75, -0.25; squares sum to 1.625; with the rewards 2, -1, 5: 2 + 0.75 - 1.25.
+    assert slope([evidence], REWARD) == pytest.approx(1.5 / 1.625)
+    assert slope([evidence, evidence], torch.cat([REWARD, REWARD])) == pytest.approx(1.5 / 1.625)
+    assert slope([evidence], -REWARD) == 0.0
+    still = Evidence(IDS, MASK, contribution_BA=torch.zeros(4, 5))
+    assert slope([still], REWARD) == 1.0
+    assert slope([Evidence(IDS, torch.zeros_like(MASK), contribution_BA=contribution)], REWARD) == 1.0
 
 
 def test_a_score_that_only_the_prompt_moves_is_the_sparse_reward():

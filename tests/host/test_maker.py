@@ -187,25 +187,35 @@ def test_order_of_experiences_does_not_matter():
     assert torch.equal(straight[1].returns, turned[0].returns)
 
 
+@pytest.mark.parametrize(("sign", "scale"), [(1.0, 3.0), (-1.0, 0.0)])
+def test_contributions_are_scaled_by_the_slope_of_the_reward_on_them(sign, scale, capsys):
+    experiences = batch()
+    for one in experiences:
+        one.kl = torch.zeros_like(one.kl)
+        earlier = one.action_mask * (one.action_mask.flip(1).cumsum(1).flip(1) > 1)
+        one.rewards = 5 + sign * 3 * (one.evidence[0]["contribution"][:, 1:] * earlier).sum(1)
+    contribution = experiences[0].evidence[0]["contribution"][1, 4:8]
+    maker = make(CreditExperienceMaker, ShapingConfig("abc_signed", 1.0), *flags("reinforce"))
+    done = maker.compute_advantages_and_returns(experiences)[0]
+    torch.testing.assert_close(done.returns[1, 3:7] - done.returns[1, 4:8], scale * contribution)
+    torch.testing.assert_close(done.returns[1, 3], done.rewards[1])
+    torch.testing.assert_close(done.info["credit_scale"], torch.full((4,), scale))
+    assert ("contributions do not rise with the reward" in capsys.readouterr().out) == (scale == 0)
+
+
 @pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name != "gae"])
 def test_gamma_discounts_credit_under_every_estimator_and_the_sparse_reward_where_the_host_does(estimator):
-    def returns(method):
+    def returns(method):  # of row 1, which has five actions
         words = [*flags(estimator), "--algo.advantage.gamma", "0.5"]
-        return make(CreditExperienceMaker, ShapingConfig(method, 1.0), *words).compute_advantages_and_returns([one()])[
-            0
-        ]
+        one = experience(0)
+        one.kl = torch.zeros_like(one.kl)
+        maker = make(CreditExperienceMaker, ShapingConfig(method, 1.0), *words)
+        return maker.compute_advantages_and_returns([one])[0].returns[1, 3:8]
 
-    def one():
-        exp = experience(0, first=0)
-        exp.kl = torch.zeros_like(exp.kl)
-        return exp
-
-    dense = returns("uniform")
-    # Row 1 has five actions of equal credit c: c, c·(1 + 1/2), c·(1 + 1/2 + 1/4), ... from the last one back.
-    last = dense.returns[1, 7]
-    torch.testing.assert_close(dense.returns[1, 3:8], last * torch.tensor([1.9375, 1.875, 1.75, 1.5, 1.0]))
-    assert last != 0
-    sparse = returns("none").returns[1, 3:8]
+    # Equal credit c, from the last action back: c, c·(1 + 1/2), c·(1 + 1/2 + 1/4), ...
+    dense, sparse = returns("uniform"), returns("none")
+    torch.testing.assert_close(dense, dense[-1] * torch.tensor([1.9375, 1.875, 1.75, 1.5, 1.0]))
+    assert dense[-1] != 0
     fades = [0.0625, 0.125, 0.25, 0.5, 1.0] if estimator == "reinforce" else [1.0] * 5
     torch.testing.assert_close(sparse, sparse[-1] * torch.tensor(fades))
 

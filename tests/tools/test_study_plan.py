@@ -172,6 +172,12 @@ def test_a_run_that_is_there_keeps_its_folder_when_the_plan_grows():
     assert [run.name for run in alike] == ["abc-beta0.8-lambdaa_b-seed1", "abc-beta0.8-lambdaa_b-seed1~2"]
 
 
+def test_a_folders_name_fits_every_file_system_and_tells_runs_apart():
+    runs = [setting("1", **{f"data.{'x' * 120}{i}": value for i in "ab"}) for value in ("/a/c", "/a/b")]
+    give_names(runs, [])
+    assert [len(run.name) for run in runs] == [200, 200] and runs[0].name != runs[1].name
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [(1, "1"), (1.0, "1"), (0.95, "0.95"), (1e-5, "1e-05"), (None, ""), (True, "true"), ([0.9, 1.0], "0.9 1")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -25,6 +26,7 @@ COLUMNS = {
     "critic.adam.lr": "critic_lr",
     "train.seed": "seed",
 }
+LONGEST = 200  # letters of a folder's name; file systems take 255 bytes
 ALWAYS = ("reward_shaping", "shaping.beta", "train.seed")
 
 
@@ -126,7 +128,7 @@ def columns(runs: Iterable[Run]) -> list[str]:
 
 
 def give_names(runs: list[Run], older: list[Run]) -> None:
-    """Each run the name of the folder it has, or a new one that tells its varied settings."""
+    """Each run the name of the folder it has, or a new one that tells its varied settings, up to LONGEST letters."""
     folders = {run.identity: run.name for run in older}
     (method, *others), taken = columns([*older, *runs]), {run.name for run in older}
     for run in runs:
@@ -135,6 +137,8 @@ def give_names(runs: list[Run], older: list[Run]) -> None:
             f"{name}{value.rstrip('/').rpartition('/')[2]}" for name, value in given.items()
         ]  # of a path its last
         name = re.sub(r"[^\w.+-]", "_", "-".join([run.settings[method], *parts]))
+        if len(name) > LONGEST:
+            name = f"{name[: LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
         free = [name, *(f"{name}~{n}" for n in range(2, len(taken) + 2))]
         run.name = folders.get(run.identity) or next(each for each in free if each not in taken)
         taken.add(run.name)

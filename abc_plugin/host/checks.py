@@ -330,7 +330,16 @@ def preflight(args: Namespace, shaping: ShapingConfig) -> None:
 
 def announce(args: Namespace, shaping: ShapingConfig) -> None:
     """Say what the method costs, and where it is not expected to gain anything. After ``check_models``."""
-    critic = args.critic.model_name_or_path
+    critic, estimator, gamma = args.critic.model_name_or_path, args.algo.advantage.estimator, args.algo.advantage.gamma
+    if shaping.dense and gamma != 1 and estimator not in ("gae", "reinforce"):
+        print(
+            f"abc_plugin: --algo.advantage.gamma {gamma} discounts credit; without it OpenRLHF has 1 for {estimator}"
+        )
+    if shaping.dense and gamma == 1 and estimator != "gae" and "prefix" in methods.load(shaping.method).needs:
+        print(
+            f"abc_plugin: WARNING: --reward_shaping {shaping.method} gains little while every return counts all that "
+            "comes later; without a critic use --algo.advantage.gamma 0.8 (README.md, which method for which run)"
+        )
     if shaping.dense and "shapley" in methods.load(shaping.method).needs:
         print(
             f"abc_plugin: --reward_shaping {shaping.method} runs the reward model {shaping.calls} more times per "

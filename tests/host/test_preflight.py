@@ -43,6 +43,23 @@ def test_good_models_pass(tiny, tmp_path, capsys):
     assert checked(tiny, tmp_path, **{"ds.attn_implementation": "flash_attention_2"}).shaping_checked
 
 
+@pytest.mark.parametrize(
+    ("method", "estimator", "gamma", "said"),
+    [
+        ("prefix", "rloo", 1, "use --algo.advantage.gamma 0.8"),
+        ("prefix", "reinforce", 0.8, None),
+        ("prefix", "rloo", 0.8, "--algo.advantage.gamma 0.8 discounts credit; without it OpenRLHF has 1 for rloo"),
+        ("none", "rloo", 0.8, None),
+        ("abc_signed", "reinforce", 1, None),
+    ],
+)
+def test_a_horizon_is_told(tiny, tmp_path, capsys, method, estimator, gamma, said):
+    changes = {"algo.advantage.estimator": estimator, "algo.advantage.gamma": gamma, "critic.model_name_or_path": None}
+    checked(tiny, tmp_path, ShapingConfig(method), **changes, **{"rollout.n_samples_per_prompt": 4})
+    told = [line for line in capsys.readouterr().out.splitlines() if "--algo.advantage.gamma" in line]
+    assert len(told) == bool(said) and all(said in line for line in told)
+
+
 @pytest.mark.parametrize("method", ["abc", "uniform", "none"])
 def test_a_model_without_a_head_is_refused_whatever_the_method(tiny, tmp_path, headless, method):
     with pytest.raises(UserError, match="has no weight score.weight: it is no reward model"):

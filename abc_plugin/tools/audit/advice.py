@@ -25,6 +25,10 @@ DEFAULT_CRITIC = (
     "With GAE and OpenRLHF's default critic, a copy of the reward model, use --reward_shaping {}: that critic's "
     "values tell dense credit from the first step."
 )
+HORIZON = (
+    "prefix earns by a short horizon, which leaves later tokens' noise out: add --algo.advantage.gamma 0.8 without a "
+    "critic, --algo.advantage.lambd 0.5 with one from the policy."
+)
 
 
 class Advice(NamedTuple):
@@ -71,6 +75,8 @@ def closing(advice: dict[int | None, Advice]) -> list[str]:
         where = "" if None in lengths else f" with completions of {', '.join(map(str, lengths))} tokens"
         why = "; ".join(f"{f'{n}: ' if n else ''}{advice[n].why}" for n in lengths)
         lines += [f"To train{where} without a critic, or with one from the policy ({why}):", f"    {command}"]
+    if any("--reward_shaping prefix" in command for command in commands):
+        lines.append(HORIZON)
     if any(not command.endswith(" none") for command in commands):
         signed = all(" abc_signed" in command for command in commands)
         lines.append(DEFAULT_CRITIC.format("none or abc_signed" if signed else "none"))

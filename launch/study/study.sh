@@ -4,6 +4,7 @@
 #   bash launch/study/study.sh                                    the embedded study (embedded.yaml), on two cores
 #   bash launch/study/study.sh launch/study/conditions.yaml       the same under other conditions; lexicon.yaml: reward model
 #   bash launch/study/study.sh launch/study/small.yaml            which method for which run: many runs of a small policy
+#   bash launch/study/study.sh launch/study/horizon.yaml          the decisive ones of them, with more seeds
 #   bash launch/study/study.sh launch/study/paper_imdb.yaml       the paper's tasks, on a GPU; plans say what they need
 #   bash launch/study/study.sh PLAN.yaml --jobs 4 --out runs/mine a plan of yours; options of `abc-rlhf study`
 #   SMOKE=1 bash launch/study/study.sh [PLAN.yaml]                the plan in small, on the embedded models

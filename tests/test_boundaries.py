@@ -32,7 +32,7 @@ MUST_NOT_IMPORT = {
     "abc_plugin.config": ("torch", "transformers", "openrlhf", "ray"),
     "abc_plugin.credit.methods, abc_plugin.credit.metrics": ("transformers", "openrlhf", "ray", "deepspeed", "peft"),
     "abc_plugin.attention": ("openrlhf", "ray", "deepspeed", "peft"),
-    "abc_plugin.text.compare": ("torch", "transformers", "openrlhf"),
+    "abc_plugin.text.tokenizer_differences": ("torch", "transformers", "openrlhf"),
     "abc_plugin.report.show": ("torch", "transformers", "openrlhf", "matplotlib", "tensorboard"),
     "abc_plugin.report.command": ("torch", "transformers", "openrlhf"),
     "abc_plugin.tools.study.command": ("torch", "transformers", "openrlhf"),

@@ -5,7 +5,7 @@ import torch
 from conftest import local_flags, run_python
 from recovery_models import LEFT, NONE, inputs, tiny_reward_model
 
-from abc_plugin.attention.readers import attach_readers, record, rows
+from abc_plugin.attention.evidence_readers import attach_readers, record, rows
 
 
 def on_gpu(test):

@@ -23,8 +23,8 @@ from abc_plugin.tools.study.plan import read_plan
 
 import_host()
 
-from abc_plugin.host import maker as experience_maker  # noqa: E402
-from abc_plugin.host import worker as reward_model  # noqa: E402
+from abc_plugin.host import experience_maker as experience_maker  # noqa: E402
+from abc_plugin.host import model_workers as reward_model  # noqa: E402
 
 ROOT = Path(abc_plugin.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from abc_plugin.attention.model_files import check_normalisation, check_weights, read_config
-from abc_plugin.attention.positions import score_positions
+from abc_plugin.attention.query_positions import score_positions
 from abc_plugin.errors import UserError, first_line
 
 FLAG = "--reward.model_name_or_path"

@@ -12,20 +12,20 @@ from transformers import PretrainedConfig
 
 from abc_plugin import output_directory
 from abc_plugin.attention import attach, model_files, scalar_head
-from abc_plugin.attention.contribution import check_last_layer
+from abc_plugin.attention.evidence_readers import attach_readers, check_causal
 from abc_plugin.attention.layers import mixing_layer, skeleton
-from abc_plugin.attention.readers import attach_readers, check_causal
-from abc_plugin.attention.recording import MIXED
+from abc_plugin.attention.row_reader import MIXED
+from abc_plugin.attention.signed_contribution import check_last_layer
 from abc_plugin.config import ShapingConfig
 from abc_plugin.credit import methods
 from abc_plugin.credit.methods import policy_need
 from abc_plugin.errors import UserError
 from abc_plugin.host.arguments import DISCOUNTED, reward_models
-from abc_plugin.host.prompts import check_lengths, check_rollouts, read_data, rendered
-from abc_plugin.text.check import load_tokenizer
-from abc_plugin.text.compare import ModelTokenizer, compare
-from abc_plugin.text.mapping import check_template
+from abc_plugin.host.prompt_dataset import check_lengths, check_rollouts, read_data, rendered
+from abc_plugin.text.check_tokenizers import load_tokenizer
 from abc_plugin.text.remote_credit import SPANS
+from abc_plugin.text.tokenizer_differences import ModelTokenizer, compare
+from abc_plugin.text.tokenizer_mapping import check_template
 
 FLAGS = {name: f"--{name}.model_name_or_path" for name in ("actor", "reward", "critic")}
 READ = 1000  # prompts that both tokenizers read before training

@@ -16,7 +16,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from abc_plugin.errors import UserError
-from abc_plugin.host.contract import check_signatures, check_version
+from abc_plugin.host.supported_releases import check_signatures, check_version
 
 # What OpenRLHF imports at module level from packages that one process never calls; of Ray only the decorator runs.
 OPTIONAL = {
@@ -137,7 +137,7 @@ def import_cluster_host(*, on_cpu: bool) -> None:
         )
     check_version()
     if on_cpu:
-        importlib.import_module("abc_plugin.host.on_cpu").worker_setup()
+        importlib.import_module("abc_plugin.host.cluster_on_cpu").worker_setup()
     try:
         importlib.import_module("openrlhf.cli.train_ppo_ray")
     except ImportError as error:

@@ -15,19 +15,19 @@ from abc_plugin.config import ShapingConfig, add_flags, split_flags
 from abc_plugin.credit import methods
 from abc_plugin.credit.methods import policy_need
 from abc_plugin.errors import UserError
-from abc_plugin.host.contract import check_signatures, check_version
+from abc_plugin.host.supported_releases import check_signatures, check_version
 
 # The host's name, and the subclass that takes its place.
 REBOUND = (
-    ("openrlhf.trainer.ray.launcher.RewardModelActor", "abc_plugin.host.worker.CreditRewardModel"),
-    ("openrlhf.trainer.ray.ppo_critic.CriticModelActor", "abc_plugin.host.worker.RestoredCritic"),
-    ("openrlhf.trainer.ppo_trainer.PPOTrainer", "abc_plugin.host.trainers.CreditPPOTrainer"),
-    ("openrlhf.trainer.ppo_trainer_async.TrainingActor", "abc_plugin.host.trainers.CreditTrainingActor"),
-    ("openrlhf.trainer.ppo_trainer_async.GenerateSamplesActor", "abc_plugin.host.trainers.CheckedSamplesActor"),
-    ("openrlhf.trainer.ppo_trainer_async.PPOTrainerAsync", "abc_plugin.host.trainers.CreditPPOTrainerAsync"),
+    ("openrlhf.trainer.ray.launcher.RewardModelActor", "abc_plugin.host.model_workers.CreditRewardModel"),
+    ("openrlhf.trainer.ray.ppo_critic.CriticModelActor", "abc_plugin.host.model_workers.RestoredCritic"),
+    ("openrlhf.trainer.ppo_trainer.PPOTrainer", "abc_plugin.host.ray_trainers.CreditPPOTrainer"),
+    ("openrlhf.trainer.ppo_trainer_async.TrainingActor", "abc_plugin.host.ray_trainers.CreditTrainingActor"),
+    ("openrlhf.trainer.ppo_trainer_async.GenerateSamplesActor", "abc_plugin.host.ray_trainers.CheckedSamplesActor"),
+    ("openrlhf.trainer.ppo_trainer_async.PPOTrainerAsync", "abc_plugin.host.ray_trainers.CreditPPOTrainerAsync"),
 )
 # Only for methods that need the policy's attention: without one the policy's worker is the host's.
-FOR_POLICY = ("openrlhf.trainer.ray.ppo_actor.PolicyModelActor", "abc_plugin.host.worker.CreditPolicyModel")
+FOR_POLICY = ("openrlhf.trainer.ray.ppo_actor.PolicyModelActor", "abc_plugin.host.model_workers.CreditPolicyModel")
 GET_STRATEGY = "openrlhf.utils.utils.get_strategy"
 
 _undo: list[tuple[object, str, object]] = []  # (module, name, the host's object), in the order of rebinding
@@ -60,7 +60,7 @@ def install(shaping: ShapingConfig | None = None) -> list[str]:
     wherever it holds the old one, so imports may stand before or after the call. With ``shaping`` the settings travel
     to the workers in ``strategy.args.shaping``, and what can be checked without a GPU is checked when the host makes
     its strategy; without, ``args.shaping`` must be set by the caller. A second call replaces the first. A trainer
-    class of the user's own is not rebound: mix ``trainers.WithCredit`` into it, or its rewards stay sparse.
+    class of the user's own is not rebound: mix ``ray_trainers.WithCredit`` into it, or its rewards stay sparse.
     Raises UserError when this version of OpenRLHF is not supported or not what the plugin was written against.
     """
     uninstall()

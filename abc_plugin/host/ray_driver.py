@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     dense = f", beta {shaping.beta:g}" if shaping.dense else ": the host's own sparse reward"
     print(f"abc_plugin: reward shaping {shaping.method}{dense}", flush=True)
     if on_cpu and not importlib.import_module("ray").is_initialized():
-        importlib.import_module("abc_plugin.host.on_cpu").start()
+        importlib.import_module("abc_plugin.host.cluster_on_cpu").start()
     # Where a model is not on this machine, nor need the directories be that the workers write.
     with contextlib.nullcontext() if absent_models(args) else claimed(args, settings_of(args)):
         return _train(args)

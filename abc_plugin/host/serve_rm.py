@@ -37,8 +37,8 @@ from abc_plugin.config import ShapingConfig, add_flags, split_flags
 from abc_plugin.credit.methods import load
 from abc_plugin.errors import UserError, first_line
 from abc_plugin.host.imports import import_host
-from abc_plugin.text.mapping import SURROGATE, piece_spans
 from abc_plugin.text.remote_credit import SPANS
+from abc_plugin.text.tokenizer_mapping import SURROGATE, piece_spans
 
 CLI = "openrlhf.cli.serve_rm"
 HEEDED = ("method", "layer", "heads", "recovery")
@@ -58,7 +58,7 @@ class CreditServer:
     """The host's loaded reward model and tokenizer (its RewardModelProxy), scoring with credit."""
 
     def __init__(self, proxy: Any, shaping: ShapingConfig) -> None:
-        from abc_plugin.attention.readers import attach_readers
+        from abc_plugin.attention.evidence_readers import attach_readers
 
         self.proxy = proxy
         options = {"layer": shaping.layer, "recovery": shaping.recovery, "heads": shaping.head_list}
@@ -107,7 +107,7 @@ class CreditServer:
     @torch.no_grad()
     def score(self, texts: list[Text]) -> list[dict[str, Any]]:
         """One forward: the reward of each text and, under its name in extra_logs, what comes with it."""
-        from abc_plugin.attention.readers import record, rows
+        from abc_plugin.attention.evidence_readers import record, rows
 
         tokens = self.proxy.tokenizer.pad({"input_ids": [text.ids for text in texts]}, return_tensors="pt")
         mask_BS, device = tokens["attention_mask"], self.proxy.reward_model.device
@@ -226,7 +226,7 @@ def main(argv: list[str]) -> int:
     args = _parsed(host_argv)
     listening = _bound(args.host, args.port)
     proxy = _load(args)
-    from abc_plugin.host.worker import restore_normalisation
+    from abc_plugin.host.model_workers import restore_normalisation
 
     if args.reward.normalize_enable:
         print(f"abc_plugin: reward normalisation restored: {restore_normalisation(proxy.reward_model)}")

@@ -23,7 +23,7 @@ import torch
 
 from abc_plugin import __version__
 from abc_plugin.errors import UserError
-from abc_plugin.local.ranks import current_rank
+from abc_plugin.local.distributed_ranks import current_rank
 from abc_plugin.output_directory import differences, write_atomically
 
 PARTS = ("_actor", "_critic", "complete")

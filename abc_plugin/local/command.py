@@ -23,9 +23,9 @@ def main(argv: list[str]) -> int:
     """Train; returns the exit status. Raises UserError for anything that can be refused before training."""
     if {"-h", "--help"} & set(argv):
         return _help()
-    from abc_plugin.local import ranks
+    from abc_plugin.local import distributed_ranks
 
-    with ranks.only_first_rank_prints():
+    with distributed_ranks.only_first_rank_prints():
         args, ignored = settings(argv)
         from abc_plugin.local import driver
 
@@ -42,13 +42,13 @@ def evaluate(argv: list[str]) -> int:
     own, rest = parser.parse_known_args(argv)
     args, _ = settings(rest, beta=1.0)  # the method's own credit is shown, and checked for
     from abc_plugin.host.checks import check_models
-    from abc_plugin.host.prompts import read_data
-    from abc_plugin.local import local_checks, ranks
+    from abc_plugin.host.prompt_dataset import read_data
+    from abc_plugin.local import distributed_ranks, local_checks
     from abc_plugin.local.evaluate import evaluate as sample
     from abc_plugin.output_directory import check_file, write_atomically, writing
 
     local_checks.check_supported(args)
-    ranks.refuse_several("evaluate")
+    distributed_ranks.refuse_several("evaluate")
     check_file("--out", own.out, args.data.prompt_dataset)
     data = read_data(args)
     check_models(args, args.shaping, data)

@@ -29,12 +29,12 @@ from abc_plugin.credit.methods import policy_need
 from abc_plugin.errors import CannotWrite, Terminated, UserError
 from abc_plugin.host import checks
 from abc_plugin.host.arguments import settings_of
-from abc_plugin.host.prompts import check_rollouts
-from abc_plugin.host.worker import CreditPolicyModel, CreditRewardModel, RestoredCritic
-from abc_plugin.local import frozen, local_checks, lora, ranks
+from abc_plugin.host.model_workers import CreditPolicyModel, CreditRewardModel, RestoredCritic
+from abc_plugin.host.prompt_dataset import check_rollouts
+from abc_plugin.local import distributed_ranks, frozen_layers, local_checks, lora
 from abc_plugin.local.checkpoints import prepare, saves
-from abc_plugin.local.in_process import IN_PROCESS_RAY, InProcessClass, InProcessGroup
-from abc_plugin.local.ranks import TERMINATION
+from abc_plugin.local.distributed_ranks import TERMINATION
+from abc_plugin.local.ray_in_process import IN_PROCESS_RAY, InProcessClass, InProcessGroup
 from abc_plugin.local.trainer import LocalPPOTrainer, local_strategy, timing_sentence
 from abc_plugin.output_directory import writing
 
@@ -43,7 +43,7 @@ def run(args: Namespace, ignored: list[str]) -> int:
     """Check everything, then train; returns the exit status. Raises UserError for what a check refuses."""
     data = check(args)
     settings = settings_of(args, data[args.data.input_key])
-    first = ranks.current_rank().index == 0
+    first = distributed_ranks.current_rank().index == 0
     with output_directory.claimed(args, settings) if first else contextlib.nullcontext():
         _check_space(args)
         args.checkpoints = prepare(args, settings)
@@ -56,7 +56,7 @@ def _announce(args: Namespace, prompts: int, ignored: list[str]) -> None:
     if ignored:
         print(f"abc-rlhf local: no cluster, so these are ignored: {' '.join(ignored)}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    if (count := ranks.current_rank().count) > 1:
+    if (count := distributed_ranks.current_rank().count) > 1:
         device = f"{count} ranks with ZeRO-{args.ds.zero_stage}, each on {device}"
     if args.ds.param_dtype == "bf16" and not (torch.cuda.is_available() or _fast_bf16()):
         print("abc-rlhf local: this CPU has no fast bf16: --ds.param_dtype fp32 would be many times faster")
@@ -86,19 +86,19 @@ def check(args: Namespace) -> Dataset:
     """The prompts, after all checks but those of the output directory. Raises UserError."""
     local_checks.check_supported(args)
     local_checks.check_lora(args)
-    ranks.take_device()
+    distributed_ranks.take_device()
     data = local_checks.check_data(args)
     local_checks.check_batches(args, len(data))
-    check_rollouts(args, len(data), ranks.current_rank().count, saves=saves(args))
+    check_rollouts(args, len(data), distributed_ranks.current_rank().count, saves=saves(args))
     checks.check_models(args, args.shaping, data)
-    frozen.check_settings(args, args.shaping)
+    frozen_layers.check_settings(args, args.shaping)
     local_checks.check_lora_targets(args)
     checks.check_output(args, merged=lora.MERGED)
     return data
 
 
 def _train(args: Namespace) -> int:
-    output, rank = Path(args.ckpt.output_dir), ranks.current_rank().index
+    output, rank = Path(args.ckpt.output_dir), distributed_ranks.current_rank().index
     output.mkdir(parents=True, exist_ok=True)  # for the ranks that do not lock it
     log_file = output / (f"run.rank{rank}.log" if rank else "run.log")
     print(f"abc-rlhf local: loading models; details in {log_file}", flush=True)
@@ -108,7 +108,7 @@ def _train(args: Namespace) -> int:
     signal.signal(signal.SIGTERM, TERMINATION)
     with contextlib.closing(Log(log_file)) as log:
         try:
-            with _output_to(log), _host_in_this_process(args), ranks.process_group(), writing(output):
+            with _output_to(log), _host_in_this_process(args), distributed_ranks.process_group(), writing(output):
                 train_ppo_ray.train(args)
             if rank == 0:
                 with writing(output):
@@ -121,7 +121,7 @@ def _train(args: Namespace) -> int:
             if isinstance(error, KeyboardInterrupt) or TERMINATION.requested:  # a rank that ends takes others along
                 print(f"\nabc-rlhf local: stopped; {args.checkpoints.description()}")
                 return Terminated.status if TERMINATION.requested else getattr(error, "status", 130)
-            if ranks.reports_errors():
+            if distributed_ranks.reports_errors():
                 print(f"\nabc-rlhf local: failed; the log is {log_file}", file=sys.stderr)
             raise
 

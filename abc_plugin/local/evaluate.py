@@ -16,17 +16,17 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from abc_plugin.attention import attach
-from abc_plugin.attention.positions import generating_rows
+from abc_plugin.attention.query_positions import generating_rows
 from abc_plugin.attention.scalar_head import load_reward_model
 from abc_plugin.credit import methods
 from abc_plugin.credit.methods import policy_need
 from abc_plugin.host.arguments import reward_models
-from abc_plugin.host.maker import shape_batch
-from abc_plugin.host.prompts import quiet_strategy
-from abc_plugin.host.worker import EvidenceBatch, Member, keep_gradients_exact, mean_batch
+from abc_plugin.host.experience_maker import shape_batch
+from abc_plugin.host.model_workers import EvidenceBatch, Member, keep_gradients_exact, mean_batch
+from abc_plugin.host.prompt_dataset import quiet_strategy
 from abc_plugin.local.lora import NF4
 from abc_plugin.local.rollout import generate
-from abc_plugin.text.spans import token_texts
+from abc_plugin.text.character_spans import token_texts
 
 
 @torch.no_grad()

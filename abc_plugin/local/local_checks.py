@@ -21,9 +21,9 @@ from abc_plugin.config import ShapingConfig
 from abc_plugin.errors import UserError
 from abc_plugin.host.arguments import parse, reward_models
 from abc_plugin.host.checks import refuse_adapter, refuse_without_lora
-from abc_plugin.host.prompts import read_data
+from abc_plugin.host.prompt_dataset import read_data
+from abc_plugin.local.distributed_ranks import current_rank
 from abc_plugin.local.lora import bitsandbytes
-from abc_plugin.local.ranks import current_rank
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output
 REQUIRED = {

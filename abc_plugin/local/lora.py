@@ -29,8 +29,8 @@ from transformers.pytorch_utils import Conv1D
 
 from abc_plugin.errors import UserError, first_line
 from abc_plugin.host.install import undecorated
-from abc_plugin.host.worker import RestoredCritic, keep_gradients_exact
-from abc_plugin.local.ranks import gather_zero3
+from abc_plugin.host.model_workers import RestoredCritic, keep_gradients_exact
+from abc_plugin.local.distributed_ranks import gather_zero3
 
 MERGED = "merged"  # the merged model's directory, within the adapter's
 NF4 = BitsAndBytesConfig(  # as OpenRLHF loads its models with --ds.load_in_4bit (models/actor.py and models/model.py)

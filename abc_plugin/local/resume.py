@@ -21,7 +21,7 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from peft import PeftModel
 
 from abc_plugin.errors import Terminated, UserError, first_line
-from abc_plugin.local.ranks import TERMINATION, current_rank, gather
+from abc_plugin.local.distributed_ranks import TERMINATION, current_rank, gather
 from abc_plugin.output_directory import writing
 
 GRAD_NORM = "_global_grad_norm"  # the engine's attribute that DeepSpeed's checkpoints lack

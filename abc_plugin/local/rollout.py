@@ -19,10 +19,10 @@ from transformers.generation import SuppressTokensLogitsProcessor, TemperatureLo
 
 from abc_plugin.attention.layers import pretrained
 from abc_plugin.errors import NotFinite, UserError
-from abc_plugin.local import frozen, ranks
-from abc_plugin.local.in_process import memory_remedy
-from abc_plugin.local.ranks import gather_zero3
-from abc_plugin.text.compare import end_ids
+from abc_plugin.local import distributed_ranks, frozen_layers
+from abc_plugin.local.distributed_ranks import gather_zero3
+from abc_plugin.local.ray_in_process import memory_remedy
+from abc_plugin.text.tokenizer_differences import end_ids
 
 
 class Draw(LogitsProcessor):
@@ -84,7 +84,7 @@ def generate(
     warpers = [SuppressTokensLogitsProcessor(unknown, device=model.device)] if unknown else []
     warpers += [TemperatureLogitsWarper(temperature)] if temperature not in (0, 1) else []
     warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-    rank, mine = ranks.current_rank(), {}
+    rank, mine = distributed_ranks.current_rank(), {}
     for batch in _batches(ids, batch_size, rank.count, max_new_tokens is None)[rank.index :: rank.count]:
         prompt_ids, draw = [ids[i] for i in batch], Draw(uniform_NT[batch], greedy=temperature == 0)
         limit = max_new_tokens or max_len - len(prompt_ids[0])
@@ -92,7 +92,7 @@ def generate(
         if not draw.usable:
             raise NotFinite("the policy's logits are NaN: it has diverged; lower --actor.adam.lr")
         mine |= zip(batch, responses, strict=True)
-    responses = {i: response for share in ranks.gather(mine) for i, response in share.items()}
+    responses = {i: response for share in distributed_ranks.gather(mine) for i, response in share.items()}
     return [responses[i] for i in range(len(ids))]
 
 
@@ -131,7 +131,7 @@ def _generate_batch(
     rows = zip(prompts, output[:, width:].tolist(), strict=True)
     responses = [_response(prompt, tokens[: max_len - len(prompt)], ends) for prompt, tokens in rows]
     sequences = [response["observation_tokens"] for response in responses]
-    frozen.keep_generated(model, sequences, [width - len(prompt) for prompt in prompts])
+    frozen_layers.keep_generated(model, sequences, [width - len(prompt) for prompt in prompts])
     return responses
 
 

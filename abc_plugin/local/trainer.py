@@ -14,10 +14,10 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from abc_plugin.host.install import undecorated
-from abc_plugin.host.trainers import WithCredit
-from abc_plugin.local.frozen import FrozenStrategy
+from abc_plugin.host.ray_trainers import WithCredit
+from abc_plugin.local.distributed_ranks import TERMINATION, current_rank
+from abc_plugin.local.frozen_layers import FrozenStrategy
 from abc_plugin.local.lora import AdapterStrategy
-from abc_plugin.local.ranks import TERMINATION, current_rank
 from abc_plugin.local.resume import ResumableStrategy, ResumableTrainer
 from abc_plugin.local.rollout import TransformersSamplesGenerator
 

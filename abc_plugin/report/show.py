@@ -16,9 +16,9 @@ from rich.terminal_theme import DEFAULT_TERMINAL_THEME
 from rich.text import Text
 
 from abc_plugin.errors import UserError
-from abc_plugin.report.records import FILE, FLAG, Record, by_step, read_records
-from abc_plugin.report.samples import Sample, read_samples, spread_over_ranks
-from abc_plugin.report.tokens import heat, swatches, token_text, visible
+from abc_plugin.report.recorded_completions import FILE, FLAG, Record, by_step, read_records
+from abc_plugin.report.samples_file import Sample, read_samples, spread_over_ranks
+from abc_plugin.report.token_colours import heat, swatches, token_text, visible
 
 ROWS = 8  # of a completion's table
 SHOWN = 4  # completions of a file that has no steps
@@ -159,7 +159,7 @@ def _file(out: Path, number: int, sample: Sample, suffix: str) -> Path:
 
 def _write_pngs(out: Path, shown: dict[int, Sample]) -> None:
     try:
-        from abc_plugin.report.heatmap import draw
+        from abc_plugin.report.heatmap_png import draw
     except ModuleNotFoundError as error:
         raise UserError(f"--png needs {error.name}; pip install 'abc-plugin[report]'") from None
     for number, sample in shown.items():
@@ -183,8 +183,8 @@ def _write_svgs(out: Path, shown: dict[int, Sample], rows: int) -> None:
 
 def _write_page(path: Path, samples: list[Sample], notes: list[str], args: argparse.Namespace) -> None:
     """A page of its own beside the file: the report's would lose what it was made with (--before, --compare)."""
-    from abc_plugin.report.html import document
-    from abc_plugin.report.training import section
+    from abc_plugin.report.html_templates import document
+    from abc_plugin.report.recorded_steps_html import section
 
     page, name = path.with_suffix(".html"), path.parent.resolve().name
     heading = f"{len(samples)} completions recorded in the training of {name}"

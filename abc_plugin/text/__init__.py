@@ -1,1 +1,1 @@
-"""Tokenizers: whether two read text alike (``compare``), which token of one is which of the other (``mapping``)."""
+"""Whether two tokenizers read text alike, and which token of one is which of the other."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from abc_plugin.errors import CreditError
-from abc_plugin.text.spans import spread, token_spans
+from abc_plugin.text.character_spans import spread, token_spans
 
 SPANS = {"attention": "credit_spans", "contribution": "contribution_spans"}  # by the need that they answer
 

@@ -12,7 +12,7 @@ export PATH=$PWD/.venv-ray/bin:$PATH HF_HUB_OFFLINE=1
 out=${OUT:-runs/ray-smoke}
 rm -rf "$out"
 demo=${DEMO:-$out/models}
-if [ -z "${DEMO:-}" ]; then python -c 'import sys; from abc_plugin.tools.demo.tiny import make_tiny; make_tiny(sys.argv[1])' "$demo"; fi
+if [ -z "${DEMO:-}" ]; then python -c 'import sys; from abc_plugin.tools.demo.tiny_models import make_tiny; make_tiny(sys.argv[1])' "$demo"; fi
 
 abc-rlhf ray --on_cpu \
     --actor.model_name_or_path "$demo/policy" --reward.model_name_or_path "$demo/reward_model" \

@@ -16,7 +16,7 @@ from transformers import (
 
 from abc_plugin.attention import attach
 from abc_plugin.errors import UserError
-from abc_plugin.tools.bench.families import COMMON
+from abc_plugin.tools.bench.model_families import COMMON
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from processes import spawn
 from recovery_models import RIGHT, inputs, tiny, tiny_reward_model
 from test_layouts import same
 
-from abc_plugin.attention.contribution import ContributionReader
-from abc_plugin.attention.matrix import rerun_eager_row
-from abc_plugin.attention.tap import AttentionTap
+from abc_plugin.attention.full_matrix import rerun_eager_row
+from abc_plugin.attention.query_key_tap import AttentionTap
+from abc_plugin.attention.signed_contribution import ContributionReader
 
 pytest.importorskip("deepspeed")
 

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from abc_plugin.attention import attach
-from abc_plugin.attention.positions import generating_rows
-from abc_plugin.attention.row import averaged_matrix, averaged_row
+from abc_plugin.attention.attention_row import averaged_matrix, averaged_row
+from abc_plugin.attention.query_positions import generating_rows
 from abc_plugin.errors import CreditError
 from abc_plugin.tools.bench.parity import BF16, FP32, accepted_inputs, distance
 
@@ -221,7 +221,7 @@ def test_abc_d_is_the_authors_but_for_their_shift_by_one(need, last_only):
 
 
 def test_every_option_of_the_rows_is_an_option_of_the_mean():
-    from abc_plugin.attention.row import attention_rows
+    from abc_plugin.attention.attention_row import attention_rows
 
     options = {"scaling": 0.3, "mask": None, "causal": False, "window": 2, "softcap": 2.0, "sinks_H": torch.ones(2)}
     assert list(options) == list(inspect.signature(attention_rows).parameters)[3:]

@@ -9,7 +9,7 @@ from transformers import AlbertConfig, AlbertModel
 
 from abc_plugin.attention.attach import RECOVERIES, attach
 from abc_plugin.attention.layers import attention_layers, is_flash, is_full, skeleton, target_layer
-from abc_plugin.attention.tap import AttentionTap
+from abc_plugin.attention.query_key_tap import AttentionTap
 from abc_plugin.errors import UserError
 
 

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from recovery_models import LEFT, RIGHT, inputs, tiny
 from torch.testing import assert_close
 
+from abc_plugin.attention.attention_row import attention_row
+from abc_plugin.attention.full_matrix import rerun_eager_row
 from abc_plugin.attention.layers import mixing_layer
-from abc_plugin.attention.matrix import rerun_eager_row
-from abc_plugin.attention.packed import Packing
-from abc_plugin.attention.packed import packed_row as row_of_packed
-from abc_plugin.attention.positions import ROWS, row_positions, score_positions
-from abc_plugin.attention.row import attention_row
-from abc_plugin.attention.tap import AttentionTap
+from abc_plugin.attention.packed_sequences import Packing
+from abc_plugin.attention.packed_sequences import packed_row as row_of_packed
+from abc_plugin.attention.query_key_tap import AttentionTap
+from abc_plugin.attention.query_positions import ROWS, row_positions, score_positions
 from abc_plugin.errors import CreditError
 
 HOLES = torch.tensor([[1, 1, 0, 1, 1, 0, 1, 0], [0, 1, 1, 1, 0, 1, 1, 1]])

@@ -14,12 +14,12 @@ from cpu_flash import cpu_flash, use_implementation
 from recovery_models import FAMILIES, RIGHT, WINDOW, inputs, tiny
 
 from abc_plugin.attention.attach import attach
+from abc_plugin.attention.full_matrix import rerun_eager_row, rerun_eager_rows
 from abc_plugin.attention.layers import attention_layers, is_full, target_layer
-from abc_plugin.attention.matrix import rerun_eager_row, rerun_eager_rows
-from abc_plugin.attention.positions import score_positions
+from abc_plugin.attention.query_positions import score_positions
 from abc_plugin.cli import main
 from abc_plugin.tools.bench import parity
-from abc_plugin.tools.bench.families import Family
+from abc_plugin.tools.bench.model_families import Family
 
 TABLE = Path(parity.__file__).with_suffix(".md")
 READ = [name for name, family in FAMILIES.items() if family.exact]

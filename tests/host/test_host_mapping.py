@@ -18,9 +18,9 @@ import_host()
 from test_worker import worker  # noqa: E402
 
 from abc_plugin.host.checks import check_models  # noqa: E402
-from abc_plugin.host.worker import OwnTokens  # noqa: E402
+from abc_plugin.host.model_workers import OwnTokens  # noqa: E402
 from abc_plugin.local.local_checks import parse_for_one_process  # noqa: E402
-from abc_plugin.text import mapping  # noqa: E402
+from abc_plugin.text import tokenizer_mapping  # noqa: E402
 
 
 def flags(other, out, **changes):
@@ -131,13 +131,13 @@ def test_the_worker_scores_the_text_in_its_own_tokens(other, tmp_path, monkeypat
 @pytest.mark.parametrize(("text", "special"), [("plain", False), ("special", True), ("chat", False)])
 def test_what_the_reward_model_reads_is_as_asked(other, monkeypatch, text, special):
     asked = {}
-    original = mapping.map_batch
+    original = tokenizer_mapping.map_batch
 
     def spy(*args, **kwargs):
         asked.update(kwargs)
         return original(*args, **kwargs | {"messages_B": None})
 
-    monkeypatch.setattr("abc_plugin.host.worker.map_batch", spy)
+    monkeypatch.setattr("abc_plugin.host.model_workers.map_batch", spy)
     extra = ["--actor.model_name_or_path", str(other / "policy")]
     shaping = ShapingConfig("abc", tokenizer_check="map", reward_text=text)
     self = worker(other, monkeypatch, shaping, extra=extra)

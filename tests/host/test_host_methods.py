@@ -22,7 +22,7 @@ from abc_plugin.host import checks  # noqa: E402
 from abc_plugin.host.arguments import parse, reward_models  # noqa: E402
 from abc_plugin.host.checks import preflight  # noqa: E402
 from abc_plugin.local.local_checks import parse_for_one_process  # noqa: E402
-from abc_plugin.text.segments import segment_ends  # noqa: E402
+from abc_plugin.text.segment_ends import segment_ends  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ def test_exactly_these_names_are_rebound():
         ("utils", "get_strategy"),
         ("cli.train_ppo_ray", "get_strategy"),
     }
-    assert len(lines) == 7 and "RewardModelActor -> abc_plugin.host.worker.CreditRewardModel" in lines[0]
+    assert len(lines) == 7 and "RewardModelActor -> abc_plugin.host.model_workers.CreditRewardModel" in lines[0]
 
 
 def test_installing_twice_is_installing_once_and_uninstalling_twice_is_nothing():

@@ -26,7 +26,7 @@ from abc_plugin.host import install as plugin  # noqa: E402
 from abc_plugin.host.arguments import parse  # noqa: E402
 from abc_plugin.host.checks import preflight  # noqa: E402
 from abc_plugin.host.install import undecorated  # noqa: E402
-from abc_plugin.host.worker import CreditPolicyModel  # noqa: E402
+from abc_plugin.host.model_workers import CreditPolicyModel  # noqa: E402
 
 CLUSTER = ["--actor.num_gpus_per_node", "1", "--vllm.num_engines", "0", "--rollout.batch_size", "8"]
 NEEDS = {"abc_d": "policy", "abc_d2": "policy_last"}
@@ -116,7 +116,7 @@ def test_on_ray_the_policys_worker_is_rebound_where_it_may_be_needed(shaping):
         rebound = importlib.import_module("openrlhf.cli.train_ppo_ray").PolicyModelActor
         assert issubclass(undecorated(rebound), CreditPolicyModel)
         assert rebound._default_options == PolicyModelActor._default_options
-        assert any("PolicyModelActor -> abc_plugin.host.worker.CreditPolicyModel" in line for line in lines)
+        assert any("PolicyModelActor -> abc_plugin.host.model_workers.CreditPolicyModel" in line for line in lines)
     finally:
         plugin.uninstall()
 
@@ -137,7 +137,9 @@ def test_an_adapted_policy_is_read_below_its_adapter(tiny, monkeypatch, batch):
 
 def test_generation_and_training_do_not_pay(tiny, monkeypatch, batch):
     self = worker(tiny, monkeypatch, ShapingConfig("abc_d"))
-    monkeypatch.setattr("abc_plugin.attention.tap.Recording.look", lambda *_: pytest.fail("a row was computed"))
+    monkeypatch.setattr(
+        "abc_plugin.attention.query_key_tap.Recording.look", lambda *_: pytest.fail("a row was computed")
+    )
     ids, actions, mask = batch
     self.actor.train()
     self.actor(ids, actions, mask).sum().backward()
@@ -145,7 +147,7 @@ def test_generation_and_training_do_not_pay(tiny, monkeypatch, batch):
 
 
 def test_a_tap_that_does_not_fire_stops_the_worker_at_the_start(tiny, monkeypatch):
-    monkeypatch.setattr("abc_plugin.attention.tap.Recording.look", lambda *_: None)
+    monkeypatch.setattr("abc_plugin.attention.query_key_tap.Recording.look", lambda *_: None)
     with pytest.raises(CreditError, match="was not called"):
         worker(tiny, monkeypatch, ShapingConfig("abc_d"))
 

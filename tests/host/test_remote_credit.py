@@ -17,8 +17,8 @@ from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker  #
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator  # noqa: E402
 from test_maker import flags, make  # noqa: E402
 
-from abc_plugin.host.maker import CreditExperienceMaker  # noqa: E402
-from abc_plugin.host.trainers import CheckedReplies  # noqa: E402
+from abc_plugin.host.experience_maker import CreditExperienceMaker  # noqa: E402
+from abc_plugin.host.ray_trainers import CheckedReplies  # noqa: E402
 from abc_plugin.text import remote_credit  # noqa: E402
 
 PROMPT, RESPONSE = "The film was", " naïve 🎬 good"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from abc_plugin.cli import main
-from abc_plugin.report.records import read_records
+from abc_plugin.report.recorded_completions import read_records
 
 AGAIN = {"ckpt.save_steps": 2, "ds.param_dtype": "fp32", "ckpt.load_enable": True}
 RUNS = {"none": {}, "beta0": {"reward_shaping": "abc", "shaping.beta": 0}}

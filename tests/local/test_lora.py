@@ -21,7 +21,7 @@ from abc_plugin.host.imports import import_host
 import_host()
 
 from abc_plugin.host.checks import preflight  # noqa: E402
-from abc_plugin.host.worker import keep_gradients_exact  # noqa: E402
+from abc_plugin.host.model_workers import keep_gradients_exact  # noqa: E402
 from abc_plugin.local import local_checks  # noqa: E402
 from abc_plugin.local.lora import NF4  # noqa: E402
 

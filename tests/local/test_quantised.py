@@ -17,7 +17,7 @@ from abc_plugin.host.imports import import_host
 
 import_host()
 
-from abc_plugin.host.worker import keep_gradients_exact  # noqa: E402
+from abc_plugin.host.model_workers import keep_gradients_exact  # noqa: E402
 from abc_plugin.local.lora import NF4, merged_weights, plain_weight, quantised_layers  # noqa: E402
 
 MODELS = {  # widths that are multiples of 64, the only ones that bitsandbytes can repack

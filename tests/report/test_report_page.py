@@ -27,12 +27,12 @@ from snapshots import assert_snapshot
 
 from abc_plugin import cli
 from abc_plugin.errors import UserError
-from abc_plugin.report.html import tokens
-from abc_plugin.report.page import Content, draw_curves, render
-from abc_plugin.report.records import record_of
-from abc_plugin.report.samples import pair_up, read_samples, spread_over_ranks
-from abc_plugin.report.tokens import SWATCHES, intensity, token_text, visible
-from abc_plugin.report.training import chart, section
+from abc_plugin.report.html_templates import tokens
+from abc_plugin.report.recorded_completions import record_of
+from abc_plugin.report.recorded_steps_html import chart, section
+from abc_plugin.report.report_page import Content, draw_curves, render
+from abc_plugin.report.samples_file import pair_up, read_samples, spread_over_ranks
+from abc_plugin.report.token_colours import SWATCHES, intensity, token_text, visible
 
 EVIL = "<script>x</script>\"'&"
 WRITTEN = Path(__file__).parent / "written"  # by an earlier version: files of a run and of abc-rlhf evaluate

@@ -12,7 +12,7 @@ from report_support import outline, sample
 
 from abc_plugin.errors import UserError
 from abc_plugin.jsonl import read_jsonl
-from abc_plugin.report import html, plots
+from abc_plugin.report import html_templates, plots
 from abc_plugin.report.statistics import mean_and_error, t_interval, with_error
 
 EVIL = "<script>x</script>\"'&\u202e"
@@ -59,9 +59,9 @@ def test_mean_and_error_by_hand():
 
 def test_pages_and_tables_escape_what_is_not_markup():
     frame = pd.DataFrame({"name": [EVIL], EVIL: [0.5]})
-    tokens = html.tokens.completion(sample(EVIL, [EVIL, "b"])) + html.tokens.legend(True)
-    body = Markup("<p>ours</p>") + html.table(frame) + tokens
-    page = html.document(EVIL, EVIL, body, EVIL)
+    tokens = html_templates.tokens.completion(sample(EVIL, [EVIL, "b"])) + html_templates.tokens.legend(True)
+    body = Markup("<p>ours</p>") + html_templates.table(frame) + tokens
+    page = html_templates.document(EVIL, EVIL, body, EVIL)
     parsed = outline(page)
     assert "script" not in parsed.tags and parsed.requests == [] and "://" not in page and "\u202e" not in page
     assert "<p>ours</p>" in page and '<td class="number">0.5</td>' in page
@@ -69,10 +69,10 @@ def test_pages_and_tables_escape_what_is_not_markup():
 
 
 def test_tokens_stand_without_space_between():
-    spans = html.tokens.completion(sample(tokens=["a", " b\n"], credit=[-0.25, 0.75]))
+    spans = html_templates.tokens.completion(sample(tokens=["a", " b\n"], credit=[-0.25, 0.75]))
     assert spans.startswith('<span class="t neg" style="--c:0.2000" data-tip="“a” · credit -25.0 %')
     assert "</span><span" in spans and spans.endswith("> b↵\n</span>")
-    assert html.tokens.completion(sample(tokens=[], credit=[])) == '<span class="muted">(no tokens)</span>'
+    assert html_templates.tokens.completion(sample(tokens=[], credit=[])) == '<span class="muted">(no tokens)</span>'
 
 
 def test_figures_have_one_style():

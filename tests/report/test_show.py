@@ -14,11 +14,11 @@ from snapshots import assert_snapshot
 
 from abc_plugin import cli
 from abc_plugin.errors import UserError
-from abc_plugin.report import heatmap, show
-from abc_plugin.report.records import by_step, read_records, record_of
-from abc_plugin.report.samples import Sample
-from abc_plugin.report.tokens import heat, tint
-from abc_plugin.report.training import fragment
+from abc_plugin.report import heatmap_png, show
+from abc_plugin.report.recorded_completions import by_step, read_records, record_of
+from abc_plugin.report.recorded_steps_html import fragment
+from abc_plugin.report.samples_file import Sample
+from abc_plugin.report.token_colours import heat, tint
 
 
 def printed(capsys, *arguments):
@@ -194,17 +194,17 @@ def count(png, colour):
 
 def test_a_picture_shows_credit_by_its_sign():
     big = "wide token of many characters"
-    plain = heatmap.draw([Sample("p", [big, "b"], [1.0, 0.0], 1.0)])
-    signed = heatmap.draw([Sample("p", [big, "b"], [-1.0, 0.0], 1.0)])
+    plain = heatmap_png.draw([Sample("p", [big, "b"], [1.0, 0.0], 1.0)])
+    signed = heatmap_png.draw([Sample("p", [big, "b"], [-1.0, 0.0], 1.0)])
     hot, cold = tint(0.5), tint(0.5, negative=True)  # 2 × uniform
     assert count(plain, hot) > 2000 > 100 > count(plain, cold)
     assert count(signed, cold) > count(plain, cold) + 2000
-    assert heatmap.draw([Sample("p", [big, "b"], [1.0, 0.0], 1.0)]) == plain
+    assert heatmap_png.draw([Sample("p", [big, "b"], [1.0, 0.0], 1.0)]) == plain
 
 
 def test_of_a_long_prompt_the_end_and_of_a_long_completion_the_beginning_is_drawn():
     def height(prompt, count):
-        png = heatmap.draw([Sample(prompt, ["token "] * count, [1 / count] * count, 1.0)], tokens=16)
+        png = heatmap_png.draw([Sample(prompt, ["token "] * count, [1 / count] * count, 1.0)], tokens=16)
         return Image.open(io.BytesIO(png)).height
 
     assert height("word " * 1000, 16) == height("word " * 2000, 16) > height("word", 16) + 100
@@ -212,8 +212,8 @@ def test_of_a_long_prompt_the_end_and_of_a_long_completion_the_beginning_is_draw
 
 
 def test_what_no_font_has_is_a_code_point():
-    assert heatmap.drawable("naïve — ↵ ∅ ·\n") == "naïve — ↵ ∅ ·\n"
-    assert heatmap.drawable("a\U0003fffd\u0378b") == "a\\u3fffd\\u0378b"  # unassigned
+    assert heatmap_png.drawable("naïve — ↵ ∅ ·\n") == "naïve — ↵ ∅ ·\n"
+    assert heatmap_png.drawable("a\U0003fffd\u0378b") == "a\\u3fffd\\u0378b"  # unassigned
 
 
 def test_pictures_are_one_per_completion(tmp_path, capsys, monkeypatch):

@@ -191,7 +191,7 @@ def killed_at_random(runs: LocalRuns, tiny: Path, whole: Path, out: Path, times:
 
 def kill_at_random(times: int) -> int:
     """Kill -9 runs, some of them several times, at random moments of training; returns how many ended otherwise."""
-    from abc_plugin.tools.demo.tiny import make_tiny
+    from abc_plugin.tools.demo.tiny_models import make_tiny
 
     failed = 0
     with tempfile.TemporaryDirectory() as directory:

@@ -4,7 +4,7 @@ import torch
 from openrlhf.trainer.ray.launcher import ReferenceModelActor
 
 from abc_plugin.host.install import undecorated
-from abc_plugin.local.ranks import gather_zero3
+from abc_plugin.local.distributed_ranks import gather_zero3
 from abc_plugin.local.trainer import LocalPPOTrainer
 
 IDS = torch.randint(3, 280, (4, 16), generator=torch.Generator().manual_seed(0))

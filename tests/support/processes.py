@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 
 # Imported once, in the process that the others are forked from.
-multiprocessing.set_forkserver_preload(["torch", "transformers", "recovery_models", "abc_plugin.attention.tap"])
+multiprocessing.set_forkserver_preload(
+    ["torch", "transformers", "recovery_models", "abc_plugin.attention.query_key_tap"]
+)
 
 
 def spawn(worker: Callable[[int], Any], processes: int, directory: Path) -> list[Any]:

@@ -8,8 +8,8 @@ import deepspeed
 from deepspeed.runtime.zero import partition_parameters
 from torch import nn
 
-from abc_plugin.local import ranks
-from abc_plugin.local.in_process import InProcessGroup
+from abc_plugin.local import distributed_ranks
+from abc_plugin.local.ray_in_process import InProcessGroup
 
 SIZES = (3, 5, 7, 2)
 
@@ -82,7 +82,7 @@ def read_with_late_transfers() -> list[int]:
     parameters = list(model.parameters())
     comm.all_gather_into_tensor = late
     counts = []
-    for context in (ranks.gather_zero3(parameters), deepspeed.zero.GatheredParameters(parameters)):
+    for context in (distributed_ranks.gather_zero3(parameters), deepspeed.zero.GatheredParameters(parameters)):
         with context:
             counts.append(sum(bool(p.isfinite().all()) for p in parameters))
     return counts

@@ -20,7 +20,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from abc_plugin.host import on_cpu as cpu_cluster
+from abc_plugin.host import cluster_on_cpu as cpu_cluster
 
 RECORDS, SEED = "ABC_TEST_RECORDS", 0
 INPUTS = ("sequences", "action_mask", "action_log_probs", "rollout_log_probs", "values", "rewards")

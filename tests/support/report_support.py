@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from abc_plugin.report.runs import Run
-from abc_plugin.report.samples import Sample
+from abc_plugin.report.samples_file import Sample
 
 REWARD, KL, SECONDS = "train/rollout/reward_mean", "train/kl", "train/timing/step_total"
 

@@ -22,19 +22,19 @@ def stock(_: object) -> None:
     from openrlhf.trainer.ray.launcher import RewardModelActor
     from openrlhf.trainer.ray.ppo_critic import CriticModelActor
 
-    from abc_plugin.host import trainers
+    from abc_plugin.host import ray_trainers
     from abc_plugin.local import driver
 
-    trainers.CreditExperienceMaker = RemoteExperienceMaker
+    ray_trainers.CreditExperienceMaker = RemoteExperienceMaker
     driver.CreditRewardModel, driver.RestoredCritic = RewardModelActor, CriticModelActor
 
 
 def without_kept_states(_: object) -> None:
     """``--local.train_layers`` whose frozen layers run every time."""
-    from abc_plugin.local import frozen
+    from abc_plugin.local import frozen_layers
 
-    frozen.Trunk._skip_known = lambda self, forward, last: forward
-    frozen.keep_generated = lambda *_: None
+    frozen_layers.Trunk._skip_known = lambda self, forward, last: forward
+    frozen_layers.keep_generated = lambda *_: None
 
 
 def probed(facts: str) -> None:

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pandas as pd
 
-from abc_plugin.tools.study.table import Condition, Table
+from abc_plugin.tools.study.results_table import Condition, Table
 
 
 def condition(method="none", reward=None, kl=None, credit="", group=""):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import BertTokenizer, GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from abc_plugin.tools.demo.smollm2 import smollm2_tokenizer
+from abc_plugin.tools.demo.smollm2_package import smollm2_tokenizer
 
 
 def package(name: str) -> Path:

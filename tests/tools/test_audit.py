@@ -14,8 +14,8 @@ from abc_plugin.config import ShapingConfig
 from abc_plugin.credit import methods as registry
 from abc_plugin.errors import UserError
 from abc_plugin.tools.audit import command
-from abc_plugin.tools.audit.measure import credit_of, curves, removal_order
-from abc_plugin.tools.audit.results import Results
+from abc_plugin.tools.audit.completion_measures import credit_of, curves, removal_order
+from abc_plugin.tools.audit.results_file import Results
 from abc_plugin.tools.audit.reward_model import RewardModel
 
 METHODS = ["abc", "uniform", "none", "shapley", "--shaping.calls", "17"]

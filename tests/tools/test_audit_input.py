@@ -13,7 +13,7 @@ from abc_plugin.errors import UserError
 from abc_plugin.output_directory import locked
 from abc_plugin.tools.audit import command as audit_command
 from abc_plugin.tools.audit import reward_model
-from abc_plugin.tools.audit.completions import Reading, read
+from abc_plugin.tools.audit.audited_texts import Reading, read
 from abc_plugin.tools.audit.reward_model import RewardModel
 
 

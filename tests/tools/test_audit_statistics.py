@@ -15,16 +15,16 @@ from snapshots import assert_snapshot
 from abc_plugin.config import ShapingConfig
 from abc_plugin.credit.methods import load
 from abc_plugin.tools.audit.advice import Advice, advise, closing, verdict
-from abc_plugin.tools.audit.estimates import (
+from abc_plugin.tools.audit.audit_outputs import Outcome, render
+from abc_plugin.tools.audit.completion_measures import curves, recency_credit
+from abc_plugin.tools.audit.correlations import (
     Interval,
     interval,
     intervals,
     spearman,
 )
 from abc_plugin.tools.audit.head_map import halves, map_heads
-from abc_plugin.tools.audit.measure import curves, recency_credit
-from abc_plugin.tools.audit.outputs import Outcome, render
-from abc_plugin.tools.audit.summary import (
+from abc_plugin.tools.audit.summary_table import (
     LEAVE_ONE_OUT,
     RANDOM,
     RECENCY,

@@ -9,8 +9,8 @@ import torch
 from recovery_models import tiny
 
 from abc_plugin.cli import main
-from abc_plugin.tools.bench import cost
-from abc_plugin.tools.bench.cost import CREDIT, EAGER, METHODS, PLAIN, RECOVERY, RERUN, Cost, measure
+from abc_plugin.tools.bench import forward_cost
+from abc_plugin.tools.bench.forward_cost import CREDIT, EAGER, METHODS, PLAIN, RECOVERY, RERUN, Cost, measure
 
 VARIANTS = [*RECOVERY]
 
@@ -40,7 +40,7 @@ def test_variants_run_what_they_say_and_leave_the_model_as_it_was(monkeypatch):
         lambda part, args, options: seen.append((part.config._attn_implementation, "output_attentions" in options)),
         with_kwargs=True,
     )
-    recorded, inner, steps = [], cost.record, []
+    recorded, inner, steps = [], forward_cost.record, []
 
     @contextmanager
     def record(readers, mask):
@@ -48,7 +48,7 @@ def test_variants_run_what_they_say_and_leave_the_model_as_it_was(monkeypatch):
             yield recordings
         recorded.append((readers["attention"], recordings["attention"].row_BS))
 
-    monkeypatch.setattr(cost, "record", record)
+    monkeypatch.setattr(forward_cost, "record", record)
     result = measure(model, batch=2, tokens=8, repeats=3, advance=lambda: steps.append(1))
     assert len(steps) == len(VARIANTS) * 4
     assert {variant: len(values) for variant, values in result.seconds.items()} == dict.fromkeys(VARIANTS, 3)
@@ -64,7 +64,7 @@ def test_variants_run_what_they_say_and_leave_the_model_as_it_was(monkeypatch):
 @pytest.mark.parametrize("variants", [RECOVERY, METHODS], ids=["recovery", "methods"])
 def test_each_variant_follows_each_other_one_equally_often(variants):
     names = [*variants]
-    orders = [cost.in_turn(names, turn) for turn in range(2 * len(names))]
+    orders = [forward_cost.in_turn(names, turn) for turn in range(2 * len(names))]
     pairs = Counter(pair for order in orders for pair in zip(order, order[1:], strict=False))
     assert len(pairs) == len(names) * (len(names) - 1) and set(pairs.values()) == {2}
     assert all(sorted(order) == sorted(names) for order in orders)
@@ -85,7 +85,7 @@ def test_peak_memory_counts_what_is_alive_at_once():
         del first, second
         return kept + torch.empty(1000)  # 8 kB
 
-    assert cost.peak_bytes(forward, torch.device("cpu")) == 12_000
+    assert forward_cost.peak_bytes(forward, torch.device("cpu")) == 12_000
 
 
 def test_what_credit_adds_is_linear_in_tokens_and_the_matrices_are_not():

@@ -17,9 +17,9 @@ import transformers.modeling_flash_attention_utils as flash_utils
 
 from abc_plugin.cli import main
 from abc_plugin.errors import UserError
-from abc_plugin.tools.bench import gpu, gpu_rows, gpu_runs, kernels, under_kernel
+from abc_plugin.tools.bench import gpu_claims, gpu_commands, gpu_table, kernel_parity, kernels
 from abc_plugin.tools.bench.command import add_arguments
-from abc_plugin.tools.bench.gpu_rows import ERROR, FAILS, HOLDS, NOT_RUN, Row, all_rows, measured
+from abc_plugin.tools.bench.gpu_claims import ERROR, FAILS, HOLDS, NOT_RUN, Row, all_rows, measured
 from abc_plugin.tools.bench.kernels import attend, cpu_flash
 
 ROOT = Path(__file__).parents[2]
@@ -85,16 +85,16 @@ def test_the_server_is_asked_for_in_words_that_the_command_takes(tmp_path, monke
         args = parser.parse_args(words[1:])
         return f"{words[0]} {args.measurement} {args.tokens} {Path(args.model).name}"
 
-    monkeypatch.setattr(gpu_runs, "command", command)
+    monkeypatch.setattr(gpu_commands, "command", command)
     [row] = [row for row in all_rows("cpu") if row.part == "serve"]
     assert measured(row, "cpu", tmp_path)["figures"] == {"found": "bench server 8 reward_model"}
 
 
 def test_credit_that_slows_a_run_or_takes_the_card_is_a_failing_claim(tmp_path, monkeypatch):
     figures = {"none": {"step s": 10.0, "score s": 1.0, "peak GiB": 20.0}, "abc": {"step s": 10.4, "score s": 1.1}}
-    monkeypatch.setattr(gpu_runs, "random_checkpoint", lambda out, *_: out)
-    monkeypatch.setattr(gpu_runs, "train", lambda out, *_: {"peak GiB": 25.0} | figures[out.name])
-    monkeypatch.setattr(gpu_runs, "figures_of", lambda out: figures[out.name])
+    monkeypatch.setattr(gpu_commands, "random_checkpoint", lambda out, *_: out)
+    monkeypatch.setattr(gpu_commands, "train", lambda out, *_: {"peak GiB": 25.0} | figures[out.name])
+    monkeypatch.setattr(gpu_commands, "figures_of", lambda out: figures[out.name])
     none, abc = (measured(row, "cuda", tmp_path) for row in all_rows("cuda") if row.part == "dialogue")
     assert none["status"] == HOLDS and abc["status"] == FAILS
     assert abc["why"] == (
@@ -145,10 +145,10 @@ def dies(device, out):
 
 
 def test_rows_that_hang_or_crash_leave_the_others_and_a_failing_claim_gives_1(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "PROCESSES", multiprocessing.get_context("fork"))
-    monkeypatch.setattr(gpu, "STARTUP", 5)
+    monkeypatch.setattr(gpu_table, "PROCESSES", multiprocessing.get_context("fork"))
+    monkeypatch.setattr(gpu_table, "STARTUP", 5)
     rows = [Row("exact", f"row {i}", each, 1) for i, each in enumerate((holds, breaks, hangs, holds, dies, holds))]
-    monkeypatch.setattr(gpu, "all_rows", lambda _device: rows)
+    monkeypatch.setattr(gpu_table, "all_rows", lambda _device: rows)
     status, results = trial(tmp_path, "row")
     assert status == 1
     assert [row["status"] for row in results] == [HOLDS, FAILS, NOT_RUN, HOLDS, ERROR, HOLDS]
@@ -158,7 +158,7 @@ def test_rows_that_hang_or_crash_leave_the_others_and_a_failing_claim_gives_1(tm
     status, results = trial(tmp_path, "row 3")
     assert (status, [row["status"] for row in results]) == (0, [HOLDS])
     start = time.monotonic()
-    [late] = gpu.measure(rows[:1], "cpu", tmp_path / "late", minutes=0)
+    [late] = gpu_table.measure(rows[:1], "cpu", tmp_path / "late", minutes=0)
     assert late["why"] == "the 0 minutes were over" and time.monotonic() - start < 1
 
 
@@ -172,7 +172,7 @@ def test_what_cannot_be_asked_for_is_one_line(capsys):
 def test_the_cards_name_and_the_versions(monkeypatch):
     card = SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _index: card)
-    about = gpu.machine("cuda")
+    about = gpu_table.machine("cuda")
     assert about["device"].startswith("NVIDIA H100, 80 GiB, CUDA") and about["torch"] == torch.__version__
     names = [row.name for row in all_rows("cuda")]
     assert len({*names}) == len(names) and names[0].startswith("sdpa, flash backend: llama, bf")
@@ -202,12 +202,12 @@ def test_kernels_of_a_card_are_called_as_transformers_calls_them(kernel, layout,
         monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
     else:
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
-    model = under_kernel.reward_model("llama", torch.float32, "cpu", gpu_rows.TINY)
-    feed = under_kernel.batch(32, layout != "full", "cpu")
+    model = kernel_parity.reward_model("llama", torch.float32, "cpu", gpu_claims.TINY)
+    feed = kernel_parity.batch(32, layout != "full", "cpu")
     expected = model(**feed)
     model.packed = layout == "packed"
     with kernels.running(name, torch.device("cuda")) as (implementation, calls):
-        found = under_kernel.use_implementation(model, implementation)(**feed)
+        found = kernel_parity.use_implementation(model, implementation)(**feed)
     assert len(calls) == 2
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
@@ -224,23 +224,23 @@ def test_a_kernel_that_is_absent_or_drops_what_the_model_needs_is_named(monkeypa
 
 
 def test_a_wrong_row_is_found(monkeypatch):
-    model = under_kernel.reward_model("llama", torch.float32, "cpu", gpu_rows.TINY)
-    read = under_kernel.read
+    model = kernel_parity.reward_model("llama", torch.float32, "cpu", gpu_claims.TINY)
+    read = kernel_parity.read
 
     def off(*args, **options):
         found, score_B = read(*args, **options)
         return {need: row_BS * 1.01 for need, row_BS in found.items()}, score_B
 
-    monkeypatch.setattr(under_kernel, "read", off)
-    figures, broken = under_kernel.compare(kernels.SDPA, model, 32, "padded", True, None)
+    monkeypatch.setattr(kernel_parity, "read", off)
+    figures, broken = kernel_parity.compare(kernels.SDPA, model, 32, "padded", True, None)
     assert figures["row"] > 1e-6 and broken == ["the row is off by more than 1e-06"]
 
 
 def test_the_random_checkpoint_is_a_model_with_a_letter_per_token(tmp_path):
-    path = gpu_runs.random_checkpoint(tmp_path / "policy", "policy", gpu_rows.TINY, "cpu")
-    model = gpu_runs.AutoModelForCausalLM.from_pretrained(path)
+    path = gpu_commands.random_checkpoint(tmp_path / "policy", "policy", gpu_claims.TINY, "cpu")
+    model = gpu_commands.AutoModelForCausalLM.from_pretrained(path)
     weight = model.model.layers[1].self_attn.q_proj.weight
     assert model.config.head_dim == 16 and weight.dtype == torch.bfloat16 and 0.08 < weight.std() < 0.12
-    tokenizer = gpu_runs.PreTrainedTokenizerFast.from_pretrained(path)
-    text = "".join(map(chr, gpu_runs.LETTERS[:20]))
+    tokenizer = gpu_commands.PreTrainedTokenizerFast.from_pretrained(path)
+    text = "".join(map(chr, gpu_commands.LETTERS[:20]))
     assert tokenizer(text)["input_ids"] == [*range(3, 23)] and tokenizer.decode([*range(3, 23)]) == text

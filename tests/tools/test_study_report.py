@@ -14,10 +14,10 @@ from study_tables import pair, rows, write
 
 from abc_plugin.cli import main
 from abc_plugin.errors import UserError
-from abc_plugin.tools.study import document, figures, learning_curves
+from abc_plugin.tools.study import learning_curves, report_files, study_figures
 from abc_plugin.tools.study.comparisons import Comparison, analyse
-from abc_plugin.tools.study.inference import Effect, Estimate
-from abc_plugin.tools.study.table import locate, read
+from abc_plugin.tools.study.paired_statistics import Effect, Estimate
+from abc_plugin.tools.study.results_table import locate, read
 
 METHODS = (("none", ""), ("abc", 0.8), ("abc", 1.0), ("abc_signed", 0.8), ("uniform", 0.8))
 PICTURES = ["differences.png", "reward.png", "kl.png", "frontier.png"]
@@ -38,7 +38,7 @@ def report(*words):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Reports without pictures, which take longest."""
-    monkeypatch.setattr(figures, "draw", lambda *_: ({}, {}))
+    monkeypatch.setattr(study_figures, "draw", lambda *_: ({}, {}))
 
 
 # files
@@ -90,18 +90,18 @@ def test_the_order_of_rows_and_columns_and_the_format_change_nothing(tmp_path):
     for order, name in enumerate(("a.csv", "b.csv", "c.jsonl")):
         np.random.default_rng(order).shuffle(table)
         path = write(tmp_path / name, [dict(sorted(row.items(), reverse=order == 1)) for row in table])
-        numbers.append(document.as_json(analyse(read(path))))
+        numbers.append(report_files.as_json(analyse(read(path))))
     assert numbers[0] == numbers[1] == numbers[2]
 
 
 def test_files_that_are_not_ours_are_left_alone(tmp_path):
-    ours, notes = f"<!-- {document.MARK} -->".encode(), tmp_path / "report.md"
+    ours, notes = f"<!-- {report_files.MARK} -->".encode(), tmp_path / "report.md"
     notes.write_text("# my own notes, made with abc-rlhf study report\n" * 20)
     with pytest.raises(UserError, match=f"{notes} is not a file of abc-rlhf study report; choose another --out"):
-        document.write(tmp_path, {"report.html": ours, "report.md": ours})
+        report_files.write(tmp_path, {"report.html": ours, "report.md": ours})
     assert [path.name for path in tmp_path.iterdir()] == ["report.md"] and notes.read_text().startswith("# my own")
     with pytest.raises(UserError, match=f"cannot write to {notes}"):
-        document.write(notes, {"report.md": ours})
+        report_files.write(notes, {"report.md": ours})
 
 
 # tables
@@ -146,7 +146,7 @@ def test_many_conditions_and_methods_are_one_table_first(tmp_path):
     others = ({}, {"algo.advantage.gamma": 0.9}, {"estimator": "rloo"}, {"length": 32})
     methods = (*METHODS[:2], *METHODS[3:], ("prefix", 0.8))
     made, _ = conditions(tmp_path, *(rows(methods, seed=n, **usual | each) for n, each in enumerate(others)))
-    name, overview = next(iter(document.tables(analyse(made)).items()))
+    name, overview = next(iter(report_files.tables(analyse(made)).items()))
     assert name == "overview" and [*overview["condition"]] == ["the usual", "γ 0.9", "length 32", "estimator rloo"]
     assert [*overview][1:] == ["seeds", "reward of none", *(f"{each} β 0.8" for each, _ in sorted(methods[1:]))]
     assert (
@@ -154,7 +154,7 @@ def test_many_conditions_and_methods_are_one_table_first(tmp_path):
         .iloc[:, 3:]
         .all(axis=None)
     )
-    assert len(document.tables(analyse(made))["claims"]) == 8  # of abc and abc_signed
+    assert len(report_files.tables(analyse(made))["claims"]) == 8  # of abc and abc_signed
 
 
 def test_settings_of_credit_make_no_second_baseline_but_those_that_change_its_runs_do(tmp_path):
@@ -231,9 +231,9 @@ def test_half_the_steps_is_judged_by_the_interval(ratio, outcome):
 
 def test_json_says_never_where_a_reward_is_not_reached_and_null_where_there_is_no_interval():
     late, few = [0.1 + SEEDS / 100, 4 + SEEDS, 1 + 0 * SEEDS, 1 + 0 * SEEDS], slice(3)
-    [found] = json.loads(document.as_json(made(*late)))["steps"]
+    [found] = json.loads(report_files.as_json(made(*late)))["steps"]
     assert found["ratio"] == dict.fromkeys(("value", "low", "high"), "never")
-    [found] = json.loads(document.as_json(made(*(each[few] for each in late))))["steps"]
+    [found] = json.loads(report_files.as_json(made(*(each[few] for each in late))))["steps"]
     assert found["ratio"] == {"value": "never", "low": None, "high": None}
 
 

@@ -10,8 +10,8 @@ from study_tables import condition, pair, table
 
 from abc_plugin.tools.study import learning_curves
 from abc_plugin.tools.study.comparisons import OPEN, YES, analyse, per_run
-from abc_plugin.tools.study.inference import Effect, Estimate, deviation_ratio, holm, paired, t_interval
 from abc_plugin.tools.study.learning_curves import at_equal_kl, centred, change, crossing, frontier, steps_to_rise
+from abc_plugin.tools.study.paired_statistics import Effect, Estimate, deviation_ratio, holm, paired, t_interval
 
 near = pytest.approx
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from abc_plugin.config import ShapingConfig
 from abc_plugin.credit.methods import Method
-from abc_plugin.tools.audit.estimates import LEVEL, Interval, intervals
+from abc_plugin.tools.audit.correlations import LEVEL, Interval, intervals
 from abc_plugin.tools.audit.head_map import Choice, HeadMap
-from abc_plugin.tools.audit.summary import LEAVE_ONE_OUT, RANDOM, RECENCY, Estimates, Summary, Tables, gain
+from abc_plugin.tools.audit.summary_table import LEAVE_ONE_OUT, RANDOM, RECENCY, Estimates, Summary, Tables, gain
 
 DEGREES = ((0.2, "weakly"), (0.5, "moderately"), (1.01, "closely"))  # a rank correlation below the number
 MEASURES = {"spearman": "rank correlation", "separation": "curves"}

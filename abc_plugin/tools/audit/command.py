@@ -22,17 +22,17 @@ try:
 
     from abc_plugin.attention.model_files import check_reads, read_config
     from abc_plugin.tools.audit.advice import advise
-    from abc_plugin.tools.audit.completions import SHORTEST, Completion, Reading, read
+    from abc_plugin.tools.audit.audit_outputs import Outcome, tell, write
+    from abc_plugin.tools.audit.audited_texts import SHORTEST, Completion, Reading, read
+    from abc_plugin.tools.audit.completion_measures import COSTLY, EVIDENCE, POINTS, measure
     from abc_plugin.tools.audit.head_map import map_heads
-    from abc_plugin.tools.audit.measure import COSTLY, EVIDENCE, POINTS, measure
-    from abc_plugin.tools.audit.outputs import Outcome, tell, write
-    from abc_plugin.tools.audit.results import Results
+    from abc_plugin.tools.audit.results_file import Results
     from abc_plugin.tools.audit.reward_model import FLAG, RewardModel
-    from abc_plugin.tools.audit.summary import summarise, tabulate
+    from abc_plugin.tools.audit.summary_table import summarise, tabulate
 except ModuleNotFoundError as error:
     raise UserError(f"abc-rlhf audit needs {error.name}; pip install 'abc-plugin[audit]'") from None
 
-CONTRIBUTION = "contribution"  # evidence that not every reward model has (attention/contribution.py)
+CONTRIBUTION = "contribution"  # evidence that not every reward model has (attention/signed_contribution.py)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPING = ("layer", "heads", "drop", "entropy_floor", "calls")  # the settings that decide which token gets how much
 

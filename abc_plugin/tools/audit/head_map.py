@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from abc_plugin.tools.audit.estimates import LEVEL, Interval, interval, intervals
-from abc_plugin.tools.audit.summary import Record, prompts
+from abc_plugin.tools.audit.correlations import LEVEL, Interval, interval, intervals
+from abc_plugin.tools.audit.summary_table import Record, prompts
 
 CHOICES = 2  # layer, head: both may be recommended, so their intervals are widened for two
 

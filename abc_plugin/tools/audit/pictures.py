@@ -7,10 +7,10 @@ import pandas as pd
 from matplotlib.patches import Rectangle
 
 from abc_plugin.report import plots
-from abc_plugin.tools.audit.estimates import intervals
+from abc_plugin.tools.audit.completion_measures import POINTS
+from abc_plugin.tools.audit.correlations import intervals
 from abc_plugin.tools.audit.head_map import HeadMap
-from abc_plugin.tools.audit.measure import POINTS
-from abc_plugin.tools.audit.summary import LEAVE_ONE_OUT, RANDOM, RECENCY, Record, Summary, prompts
+from abc_plugin.tools.audit.summary_table import LEAVE_ONE_OUT, RANDOM, RECENCY, Record, Summary, prompts
 
 GREY = (RANDOM, RECENCY, "uniform")
 AGREEMENT = {

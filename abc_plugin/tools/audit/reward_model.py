@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from abc_plugin.attention import attach
+from abc_plugin.attention.evidence_readers import attach_readers, record, rows
 from abc_plugin.attention.layers import attention_layers
-from abc_plugin.attention.readers import attach_readers, record, rows
 from abc_plugin.attention.scalar_head import FLAG, load_reward_model
 from abc_plugin.errors import CreditError, NotFinite, UserError
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from abc_plugin.attention.attach import attach
-from abc_plugin.attention.matrix import rerun_eager_rows
+from abc_plugin.attention.full_matrix import rerun_eager_rows
 from abc_plugin.errors import CreditError, UserError
-from abc_plugin.tools.bench.families import ALL, COMMON, FAMILIES, tiny
 from abc_plugin.tools.bench.kernels import cpu_flash, use_implementation
+from abc_plugin.tools.bench.model_families import ALL, COMMON, FAMILIES, tiny
 
 FP32, BF16 = 1e-6, 2e-2  # largest difference; largest L1 distance of the renormalised rows
 

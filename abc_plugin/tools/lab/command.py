@@ -18,9 +18,9 @@ from abc_plugin.errors import UserError
 from abc_plugin.output_directory import check_file
 
 try:
-    from abc_plugin.tools.lab import findings
-    from abc_plugin.tools.lab.bias import cases, measure, settings
+    from abc_plugin.tools.lab import findings_text
     from abc_plugin.tools.lab.bias_plot import draw as draw_png
+    from abc_plugin.tools.lab.gradient_bias import cases, measure, settings
     from abc_plugin.tools.lab.mdp import Completions
     from abc_plugin.tools.lab.policy_gradient import CRITICS
     from abc_plugin.tools.lab.random_processes import EXAMPLE, draw, paper_example
@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
     wanted = settings(made, args.betas, args.lambdas)
     measured = measure(space, tables, wanted, args.critic, args.seed)
     rows = list(track(measured, "lab", len(wanted), console=Console(stderr=True), transient=True))
-    summary = findings.summarise(rows)
-    sentences = findings.verdict(summary)
+    summary = findings_text.summarise(rows)
+    sentences = findings_text.verdict(summary)
     if skipped:
         sentences.append(f"Skipped, because the lab cannot make what they look at: {', '.join(skipped)}.")
     title = (
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     files = [args.out / f"lab.{suffix}" for suffix in SUFFIXES]
     try:
         files[0].write_text(json.dumps(everything, indent=1), encoding="utf-8")
-        files[1].write_text(findings.as_markdown(summary, setting, example, sentences), encoding="utf-8")
+        files[1].write_text(findings_text.as_markdown(summary, setting, example, sentences), encoding="utf-8")
         files[2].write_bytes(draw_png(summary, f"{title}; equal points are drawn side by side"))
     except OSError as error:
         raise UserError(f"cannot write to {args.out}: {error.strerror}; choose another --out") from None
@@ -164,9 +164,9 @@ def _table(summary: pd.DataFrame) -> Table:
     """The columns that fit a terminal; the files have all."""
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("credit", no_wrap=True)
-    for heading in ("beta", *(findings.COLUMNS[name].heading for name in SHOWN)):
+    for heading in ("beta", *(findings_text.COLUMNS[name].heading for name in SHOWN)):
         table.add_column(heading, justify="right", no_wrap=True)
     repeated = summary.credit.duplicated()
     for number, line in summary.iterrows():
-        table.add_row("" if repeated[number] else line.credit, f"{line.beta:g}", *findings.cells(line, SHOWN))
+        table.add_row("" if repeated[number] else line.credit, f"{line.beta:g}", *findings_text.cells(line, SHOWN))
     return table

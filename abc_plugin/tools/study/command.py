@@ -51,17 +51,17 @@ def _report(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from abc_plugin.tools.study import document
+    from abc_plugin.tools.study import report_files
     from abc_plugin.tools.study.comparisons import analyse
-    from abc_plugin.tools.study.table import locate, read
+    from abc_plugin.tools.study.results_table import locate, read
 
     path = locate(args.source)
     own = path.parent if Path(args.source).is_dir() else path.with_name(f"{path.stem}-report")
     out = Path(args.out or own)
     analysis = analyse(read(path))
-    contents = document.files(analysis, path.name, shlex.join(["abc-rlhf", "study", "report", args.source]))
-    document.write(out, contents)
-    console, overview = Console(markup=False, highlight=False), document.tables(analysis).get("overview")
+    contents = report_files.files(analysis, path.name, shlex.join(["abc-rlhf", "study", "report", args.source]))
+    report_files.write(out, contents)
+    console, overview = Console(markup=False, highlight=False), report_files.tables(analysis).get("overview")
     if overview is not None:
         shown = Table(*overview, box=None)
         for row in overview.itertuples(index=False, name=None):

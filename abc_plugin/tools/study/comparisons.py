@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from abc_plugin.tools.study.inference import Effect, deviation_ratio, holm, paired
 from abc_plugin.tools.study.learning_curves import LAST, SHARE, Steps, at_equal_kl, change, rises, steps_to_rise
-from abc_plugin.tools.study.table import BASELINE, Condition, Table
+from abc_plugin.tools.study.paired_statistics import Effect, deviation_ratio, holm, paired
+from abc_plugin.tools.study.results_table import BASELINE, Condition, Table
 
 # What is compared, and its name in texts; all but the last are differences.
 MEASURES = {

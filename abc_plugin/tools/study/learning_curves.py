@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from abc_plugin.tools.study.inference import UPPER, Estimate, t_interval
+from abc_plugin.tools.study.paired_statistics import UPPER, Estimate, t_interval
 
 WINDOW = 5  # steps of the centred mean that smooths a curve
 LAST = 10  # steps that count as the end of a run

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from abc_plugin.errors import UserError
 from abc_plugin.output_directory import writing
-from abc_plugin.tools.study.directory import LOG, Study
+from abc_plugin.tools.study.parsed_settings import Run, give_names, resolve
 from abc_plugin.tools.study.plan import Plan, command_words, read_plan
-from abc_plugin.tools.study.settings import Run, give_names, resolve
+from abc_plugin.tools.study.study_directory import LOG, Study
 
 PROGRAM = [sys.executable, "-m", "abc_plugin"]
 POLL = 0.5  # seconds between two looks at the runs

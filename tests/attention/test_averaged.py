@@ -10,8 +10,8 @@ from cpu_flash import cpu_flash, use_implementation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recovery_models import FAMILIES, LEFT, NONE, RIGHT, inputs, tiny
+from test_attention_row import KEY, QUERY
 from test_layouts import packed
-from test_row import KEY, QUERY
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM

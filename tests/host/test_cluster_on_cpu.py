@@ -88,7 +88,7 @@ def test_a_worker_finds_a_cpu_where_the_host_asks_for_cuda():
     output = python("""
         import os, sys, types
         os.environ["ABC_RLHF_ON_CPU"] = "1"
-        from abc_plugin.host import on_cpu as cpu_cluster
+        from abc_plugin.host import cluster_on_cpu as cpu_cluster
         cpu_cluster.vllm_plugin()
         cpu_cluster.worker_setup()
         assert len([one for one in sys.meta_path if isinstance(one, cpu_cluster.AfterImport)]) == 1
@@ -183,7 +183,7 @@ def test_start_refuses_what_cannot_work(monkeypatch):
 CLUSTER = """
 import importlib.util, os, psutil, sys, time
 importlib.util.find_spec = (lambda find: lambda name: name == "vllm" or find(name))(importlib.util.find_spec)
-from abc_plugin.host import on_cpu as cpu_cluster
+from abc_plugin.host import cluster_on_cpu as cpu_cluster
 cpu_cluster.start(num_gpus=2)
 import ray
 

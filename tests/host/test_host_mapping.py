@@ -15,7 +15,7 @@ from abc_plugin.host.imports import import_host
 
 import_host()
 
-from test_worker import worker  # noqa: E402
+from test_model_workers import worker  # noqa: E402
 
 from abc_plugin.host.checks import check_models  # noqa: E402
 from abc_plugin.host.model_workers import OwnTokens  # noqa: E402

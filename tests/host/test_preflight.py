@@ -8,7 +8,7 @@ import pytest
 import ray
 from conftest import local_flags
 from recovery_models import tiny as tiny_model
-from test_worker import worker
+from test_model_workers import worker
 
 from abc_plugin.config import ShapingConfig
 from abc_plugin.errors import CannotWrite, CreditError, UserError, WorkerDied

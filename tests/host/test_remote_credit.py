@@ -15,7 +15,7 @@ import_host()
 
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker  # noqa: E402
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator  # noqa: E402
-from test_maker import flags, make  # noqa: E402
+from test_experience_maker import flags, make  # noqa: E402
 
 from abc_plugin.host.experience_maker import CreditExperienceMaker  # noqa: E402
 from abc_plugin.host.ray_trainers import CheckedReplies  # noqa: E402

@@ -188,17 +188,17 @@ FAILS = """
 import sys
 from abc_plugin import cli
 from abc_plugin.errors import UserError
-from abc_plugin.local import ranks
+from abc_plugin.local import distributed_ranks
 import torch.distributed as dist
 
 def main(argv):
-    with ranks.only_first_rank_prints() as rank:
+    with distributed_ranks.only_first_rank_prints() as rank:
         print("started")
         if argv == ["late"]:
             dist.init_process_group("gloo")
-            ranks.gather(rank.index)
+            distributed_ranks.gather(rank.index)
             if rank.index == 0:
-                ranks.gather("waits for ever")
+                distributed_ranks.gather("waits for ever")
         raise UserError(f"rank {rank.index} has refused")
 
 cli.OWN_PARSER, cli.COMMANDS = {"fail": "main"}, {"fail": ("__main__", "")}

@@ -43,7 +43,7 @@ class Evidence:
     sequences_BS: Tensor
     action_mask_BA: Tensor
     attention_BA: Tensor | None = None  # reward model: of the score token on the action's token, >= 0
-    prefix_BA: Tensor | None = None  # reward model: the score head read there; before the first action: the prompt's
+    prefix_BA: Tensor | None = None  # reward model: the score head read at the token
     gradient_BA: Tensor | None = None  # reward model: gradient x input of the score on the token's embedding, signed
     contribution_BA: Tensor | None = None  # reward model: what the token adds to the score in its last layer, signed
     shapley_BA: Tensor | None = None  # reward model: Shapley value of the segment that the token ends, signed
@@ -81,16 +81,14 @@ def prefix_credit(evidence: Evidence, reward_B: Tensor) -> Tensor:
     """Differences of the score of the prefix, (B, A) fp32, reward units, signed.
 
         credit[b,t] = phi[b,t] - phi[b,u]                t not the last action;  u the action before t
-        credit[b,t] = reward[b] - phi[b,u] + phi0[b]     t the last action
-        phi[b,u] = phi0[b]                               where no action is before t
+        credit[b,t] = reward[b] - phi[b,u]               t the last action
+        phi[b,u] = 0                                     where no action is before t
 
-    phi = evidence.prefix_BA, the score head read at the action's token; phi0 the same at the token before the first
-    action, the prompt's own score (0 where the action axis has no such token). No action earned phi0, so it is paid at
-    the end, as in the sparse reward: paid with the first action, it would set that action's advantage apart from all
-    others wherever no critic takes it off. Rows sum to reward[b] whatever the units of phi are. phi is a function of
-    what the policy has seen when it acts next, so the policy gradient at gamma = lambda = 1 is that of the sparse
-    reward: credit is potential-based shaping (Ng et al. 1999; Chan et al. 2024, section 3, with a potential that is
-    one; RED, arXiv 2411.08302).
+    phi = evidence.prefix_BA, the score head read at the action's token. So the first action is paid what the prompt
+    scores by itself, too, which no action earned: paid at the end, it would be noise in the return of every action.
+    Rows sum to reward[b] whatever the units of phi are. phi is a function of what the policy has seen when it acts
+    next, so the policy gradient at gamma = lambda = 1 is that of the sparse reward: credit is potential-based shaping
+    (Ng et al. 1999; Chan et al. 2024, section 3, with a potential that is one; RED, arXiv 2411.08302).
     phi and reward differ in units where the host subtracts a baseline or clips: the last action then carries the
     difference, which lies on it in the sparse reward, too.
     After the environment's turn, the next action's difference includes what that turn did to the score.
@@ -100,10 +98,8 @@ def prefix_credit(evidence: Evidence, reward_B: Tensor) -> Tensor:
     index_A = torch.arange(mask_BA.shape[1], device=mask_BA.device)
     acted_BA = torch.where(mask_BA, index_A, -1).cummax(1).values  # the last action up to and with t
     before_BA = pad(acted_BA[:, :-1], (1, 0), value=-1)
-    first_B1 = mask_BA.int().argmax(1, keepdim=True)
-    start_B1 = pad(phi_BA, (1, 0)).gather(1, first_B1)
-    held_BA = torch.where(before_BA >= 0, phi_BA.gather(1, before_BA.clamp_min(0)), start_B1)
-    reached_BA = torch.where(last_action(mask_BA).bool(), reward_B1 + start_B1, phi_BA)
+    held_BA = torch.where(before_BA >= 0, phi_BA.gather(1, before_BA.clamp_min(0)), 0.0)
+    reached_BA = torch.where(last_action(mask_BA).bool(), reward_B1, phi_BA)
     return torch.where(mask_BA, reached_BA - held_BA, 0.0).float()
 
 

@@ -43,6 +43,7 @@ RANGES = (
 )
 
 
+GROUPED = ("rloo", "reinforce_baseline", "group_norm", "dr_grpo")  # take the mean of the prompt's other responses off
 DISCOUNTED = ("gae", "reinforce")  # the estimators for which the host takes gamma; for all others it is 1
 
 

@@ -19,7 +19,7 @@ from abc_plugin.credit.metrics import credit_metrics, mean_disagreement, negativ
 from abc_plugin.credit.redistribute import last_action
 from abc_plugin.credit.shaping import Shaped, dropped, shape, slope
 from abc_plugin.errors import CreditError, NotFinite
-from abc_plugin.host.arguments import DISCOUNTED
+from abc_plugin.host.arguments import DISCOUNTED, GROUPED
 from abc_plugin.host.model_workers import EvidenceBatch
 from abc_plugin.text.remote_credit import SPANS, token_row
 from abc_plugin.text.segment_ends import segment_ends
@@ -295,8 +295,9 @@ class CreditExperienceMaker(RemoteExperienceMaker):
                 shape_ = "none" if row_BS is None else tuple(row_BS.shape)
                 raise CreditError(f"{name} row {shape_} for sequences of shape {tuple(experience.sequences.shape)}")
             _check_finite(f"the {name}", row_BS, experience)
-            if name == "prefix":  # a prompt of one token lies before the actions: the others count from its score
-                row_BS = row_BS - row_BS[:, :1] * experience.action_mask[:, :1]
+            if name == "prefix" and self.args.algo.advantage.estimator in GROUPED:
+                # The baseline has taken off the reward what the prompt scores by itself.
+                row_BS = row_BS - row_BS.gather(1, experience.action_mask.int().argmax(1, keepdim=True))
             rows_BA[f"{name}_BA"] = row_BS[:, 1:]  # action t is the choice of token t + 1
         for name in rows_BA.keys() & {"attention_BA", "policy_BA", "policy_last_BA"}:
             without_B = without_attention(rows_BA[name], experience.action_mask)

@@ -24,11 +24,10 @@ IDS = torch.zeros(4, 6, dtype=torch.long)
 def test_prefix_by_hand():
     phi = tensor([9.0, 1.0, 0.5, 1.5, 9.0], [0.25, 9.0, 9.0, -0.5, 0.0], [0.0, 3.0, 4.0, 0.0, 0.0], [1.0] * 5)
     credit = PREFIX.credit(Evidence(IDS, MASK, prefix_BA=phi), REWARD)
-    # The prompt scores 9: 1 - 9, 0.5 - 1, 2 - 0.5 + 9; unknown: 0.25, -0.5 - 0.25 over the other side's turn,
-    # -1 + 0.5; one action: 5 - 3 + 3; nothing.
-    expected = tensor([0, -8.0, -0.5, 10.5, 0], [0.25, 0, 0, -0.75, -0.5], [0, 0, 5.0, 0, 0], [0] * 5)
+    # 1, 0.5 - 1, 2 - 0.5; 0.25, -0.5 - 0.25 over the other side's turn, -1 + 0.5; one action: 5; nothing.
+    expected = tensor([0, 1.0, -0.5, 1.5, 0], [0.25, 0, 0, -0.75, -0.5], [0, 0, 5.0, 0, 0], [0] * 5)
     assert torch.equal(credit, expected)
-    assert negative_share(credit).tolist() == pytest.approx([8.5 / 19.0, 1.25 / 1.5, 0.0, 0.0])
+    assert negative_share(credit).tolist() == pytest.approx([0.5 / 3.0, 1.25 / 1.5, 0.0, 0.0])
 
 
 def test_slope_by_hand():
@@ -44,20 +43,10 @@ def test_slope_by_hand():
     assert slope([Evidence(IDS, torch.zeros_like(MASK), contribution_BA=contribution)], REWARD) == 1.0
 
 
-def test_a_score_that_only_the_prompt_moves_is_the_sparse_reward():
-    """Without a critic, a prompt's score paid with the first action would be that action's advantage alone."""
-    phi = tensor([3.0] * 5, [3.0] * 5, [3.0] * 5, [0.0] * 5)
-    mask = MASK.clone()
-    mask[1, 0] = 0
-    credit = PREFIX.credit(Evidence(IDS, mask, prefix_BA=phi), REWARD)
-    assert torch.equal(credit, tensor([0, 0, 0, 2.0, 0], [0, 0, 0, 0, -1.0], [0, 0, 5.0, 0, 0], [0] * 5))
-
-
-def test_prefix_reads_the_prompts_end_and_the_actions_but_the_last():
+def test_prefix_reads_the_actions_but_the_last():
     phi = torch.randn(4, 5)
     acts_later = MASK.flip(1).cumsum(1).flip(1) > MASK
-    starts = torch.nn.functional.pad(MASK[:, 1:], (0, 1)).bool() & (MASK.cumsum(1) == 0)
-    noisy = torch.where(MASK.bool() & acts_later | starts, phi, 100.0)
+    noisy = torch.where(MASK.bool() & acts_later, phi, 100.0)
     credits = [PREFIX.credit(Evidence(IDS, MASK, prefix_BA=x), REWARD) for x in (phi, noisy)]
     torch.testing.assert_close(*credits)
 

@@ -90,8 +90,7 @@ def test_rows_do_not_depend_on_their_batch_or_padding(name, batch, seed):
     order = torch.randperm(len(reward_B), generator=torch.Generator().manual_seed(seed))
     assert torch.equal(method.credit(each(lambda x: x[order], evidence), reward_B[order]), whole[order])
     wider = each(lambda x: torch.nn.functional.pad(x, (3, 2)), evidence)
-    before = 0.0 if "prefix" in method.needs else 0.7  # there lies the prompt's last token, whose score counts
-    off = torch.tensor([0.7, 0.7, before] + [0.0] * whole.shape[1] + [0.7, 0.7])
+    off = torch.tensor([0.7] * 3 + [0.0] * whole.shape[1] + [0.7] * 2)
     noise = {
         field: value + off
         for field, value in vars(wider).items()

@@ -14,7 +14,7 @@ from openrlhf.trainer.ppo_utils.experience import Experience  # noqa: E402
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker  # noqa: E402
 from openrlhf.trainer.ppo_utils.kl_controller import FixedKLController  # noqa: E402
 
-from abc_plugin.host.arguments import parse  # noqa: E402
+from abc_plugin.host.arguments import GROUPED, parse  # noqa: E402
 from abc_plugin.host.experience_maker import CreditExperienceMaker  # noqa: E402
 from abc_plugin.host.model_workers import EvidenceBatch  # noqa: E402
 
@@ -120,9 +120,9 @@ def test_group_norm_is_dr_grpo_divided_by_the_groups_deviation(method):
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
-@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name != "gae"])
-def test_what_a_prompt_scores_by_itself_sets_no_token_apart_under_prefix(estimator, tokens):
-    """A reward model that only likes the prompt: without a critic, every token has the sparse reward's advantage."""
+@pytest.mark.parametrize("estimator", GROUPED)
+def test_what_a_prompt_scores_by_itself_sets_no_token_apart_in_groups(estimator, tokens):
+    """A reward model that only likes the prompt: every token has the sparse reward's advantage under ``prefix``."""
 
     def liked():
         experiences = batch()

@@ -90,7 +90,7 @@ def credit_of(
 ) -> Tensor:
     """The method's credit of the score for each token of the completion, before beta, (T,), score units.
 
-    ``prefix`` pays the prompt's own score, ``empty``, with the last token. No token earned it, so here its scores are
+    ``prefix`` pays the prompt's own score, ``empty``, with the first token, which did not earn it. Here its scores are
     counted from there: credit[t] = score up to and with t - score before t, for all tokens.
     """
     first, ids = len(completion.prompt_ids), torch.tensor([completion.prompt_ids + completion.ids])

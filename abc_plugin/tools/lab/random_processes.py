@@ -144,6 +144,8 @@ def shaped(space: Completions, tables: Tables, method: Method, kind: str, beta: 
     fields = {}
     for name in method.needs:
         value_BA = tables.evidence_MNL[name, kind if kind in KINDS[name] else KINDS[name][0]].flatten(0, 1)
+        if name == "prefix":  # there is one prompt: its score is a constant, which no action earns
+            value_BA = value_BA - value_BA[:, :1]
         fields[f"{name}_BA"] = pad(value_BA, (actions - value_BA.shape[1], 0))
     dense_BA = shape(method, [Evidence(*rows, **fields)], tables.reward_MN.flatten(), beta=beta).reward_BA
     return dense_BA[:, 1:].double().unflatten(0, (models, space.N))

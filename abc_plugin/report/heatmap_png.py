@@ -77,22 +77,29 @@ def _share(segment: Segment) -> float | None:
 
 
 def _draw_line(axes: Axes, line: list[Segment], top: float) -> None:
-    column = 0
+    column, numbers = 0, []
     for segment in line:
         style, width, share = segment.style or Style(), cell_len(segment.text), _share(segment)
         if style.bgcolor:
             background = style.bgcolor.get_truecolor().hex
             axes.add_patch(Rectangle((column + 0.04, top), width - 0.08, 0.64, color=background, linewidth=0))
-        if (
-            share is not None
-            and (number := f"{100 * share:z.0f}") != "0"
-            and len(number) * SMALL <= (width + 0.4) * SIZE
-        ):
-            _write(axes, column + width / 2, top + 0.88, number, size=SMALL, color=GREY, ha="center")
+        if share is not None and (number := f"{100 * share:z.0f}") != "0":
+            numbers.append((abs(share), column + width / 2, number))
         slant, weight = "italic" if style.italic else "normal", "bold" if style.bold else "normal"
         ink = GREY if style.dim else INK
         _write(axes, column, top + 0.48, segment.text, size=SIZE, color=ink, style=slant, weight=weight)
         column += width
+    _draw_numbers(axes, numbers, top + 0.88)
+
+
+def _draw_numbers(axes: Axes, numbers: list[tuple[float, float, str]], top: float) -> None:
+    """Sizes, middles and texts; the largest first, those without room beside larger ones not at all."""
+    taken: list[tuple[float, float]] = []
+    for _, middle, number in sorted(numbers, reverse=True):
+        half = (len(number) + 0.5) * SMALL / SIZE / 2
+        if all(middle + half <= low or high <= middle - half for low, high in taken):
+            taken.append((middle - half, middle + half))
+            _write(axes, middle, top, number, size=SMALL, color=GREY, ha="center")
 
 
 def _write(axes: Axes, x: float, y: float, text: str, **look: object) -> None:

@@ -211,6 +211,13 @@ def test_of_a_long_prompt_the_end_and_of_a_long_completion_the_beginning_is_draw
     assert height("word", 16) == height("word", 1600)
 
 
+def test_of_numbers_that_would_touch_the_largest_stands(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(heatmap_png, "_write", lambda _axes, x, _y, text, **_look: drawn.append((x, text)))
+    heatmap_png._draw_numbers(None, [(0.1, 9.5, "10"), (0.6, 10.5, "-60"), (0.05, 5.0, "5")], 0.0)
+    assert drawn == [(10.5, "-60"), (5.0, "5")]
+
+
 def test_what_no_font_has_is_a_code_point():
     assert heatmap_png.drawable("naïve — ↵ ∅ ·\n") == "naïve — ↵ ∅ ·\n"
     assert heatmap_png.drawable("a\U0003fffd\u0378b") == "a\\u3fffd\\u0378b"  # unassigned

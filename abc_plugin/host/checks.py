@@ -49,7 +49,7 @@ NO_GRADIENT = (
 
 # Methods whose credit a critic that starts as the reward model has in its values already: the difference that a token
 # makes to the score of the text so far. Paid on top it counts twice, until the critic has unlearned it.
-COUNTED_TWICE = ("uniform", "abc", "abc_d", "abc_d2", "prefix")
+COUNTED_TWICE = ("uniform", "abc", "abc_d", "abc_d2")
 
 
 def check_method(args: Namespace, shaping: ShapingConfig, *, remote: str | None = None) -> None:
@@ -330,15 +330,17 @@ def preflight(args: Namespace, shaping: ShapingConfig) -> None:
 
 def announce(args: Namespace, shaping: ShapingConfig) -> None:
     """Say what the method costs, and where it is not expected to gain anything. After ``check_models``."""
-    critic, estimator, gamma = args.critic.model_name_or_path, args.algo.advantage.estimator, args.algo.advantage.gamma
+    critic, advantage = args.critic.model_name_or_path, args.algo.advantage
+    estimator, gamma, lambd = advantage.estimator, advantage.gamma, advantage.lambd
     if shaping.dense and gamma != 1 and estimator not in DISCOUNTED:
         print(
             f"abc_plugin: --algo.advantage.gamma {gamma} discounts credit; without it OpenRLHF has 1 for {estimator}"
         )
-    if shaping.dense and gamma == 1 and estimator != "gae" and "prefix" in methods.load(shaping.method).needs:
+    long, shorter = (lambd > 0.8, "lambd 0.5") if estimator == "gae" else (True, "gamma 0.8")
+    if shaping.dense and gamma == 1 and long and methods.load(shaping.method).needs & methods.SCORE_UNITS:
         print(
-            f"abc_plugin: WARNING: --reward_shaping {shaping.method} gains little while every return counts all that "
-            "comes later; without a critic use --algo.advantage.gamma 0.8 (README.md, which method for which run)"
+            f"abc_plugin: --reward_shaping {shaping.method} earned more with --algo.advantage.{shorter}: its credit "
+            "comes near its token, and a short horizon leaves the noise of later ones out (README.md)"
         )
     if shaping.dense and "shapley" in methods.load(shaping.method).needs:
         print(
@@ -348,8 +350,8 @@ def announce(args: Namespace, shaping: ShapingConfig) -> None:
     if shaping.dense and shaping.method in COUNTED_TWICE and critic in reward_models(args) and not shaping.share_base:
         print(
             f"abc_plugin: WARNING: --reward_shaping {shaping.method} seldom gains where the critic starts as the "
-            f"reward model ({critic}), whose values tell it already; give --critic.model_name_or_path "
-            f"{args.actor.model_name_or_path}, or use --reward_shaping abc_signed or none"
+            f"reward model ({critic}), whose values tell it already; use --reward_shaping prefix with "
+            "--algo.advantage.lambd 0.5, or none"
         )
 
 

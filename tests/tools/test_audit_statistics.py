@@ -232,7 +232,7 @@ def test_the_command_has_the_settings_that_the_method_uses():
         commands[name] = advice(records, **given).command.partition(" --reward_shaping ")[2]
     assert commands == {
         "abc": "abc --shaping.layer 3 --shaping.heads 0,1 --shaping.drop sinks",
-        "abc_signed": "abc_signed --shaping.layer 3",
+        "abc_signed": "abc_signed --shaping.layer 3 --shaping.beta 1",
         "prefix": "prefix",
     }
 

@@ -350,8 +350,8 @@ def announce(args: Namespace, shaping: ShapingConfig) -> None:
     if shaping.dense and shaping.method in COUNTED_TWICE and critic in reward_models(args) and not shaping.share_base:
         print(
             f"abc_plugin: WARNING: --reward_shaping {shaping.method} seldom gains where the critic starts as the "
-            f"reward model ({critic}), whose values tell it already; use --reward_shaping prefix with "
-            "--algo.advantage.lambd 0.5, or none"
+            f"reward model ({critic}), whose values tell it already; use --reward_shaping none or prefix "
+            "with --algo.advantage.lambd 0.5"
         )
 
 

@@ -125,7 +125,7 @@ def test_dense_credit_on_top_of_a_critic_that_has_it_is_warned_of(tiny, tmp_path
     paths = {"the reward model": tiny / "reward_model", "the policy": tiny / "policy"}
     flags = local_flags(tiny, tmp_path, **{key: paths.get(value, value) for key, value in changes.items()})
     announce(parse_for_one_process(flags, shaping)[0], shaping)
-    said = "use --reward_shaping prefix with --algo.advantage.lambd 0.5, or none\n"
+    said = "use --reward_shaping none or prefix with --algo.advantage.lambd 0.5\n"
     printed = capsys.readouterr().out
     assert printed.endswith(said) and printed.count("\n") == 1 if warned else printed == ""
 

@@ -337,7 +337,7 @@ def announce(args: Namespace, shaping: ShapingConfig) -> None:
             f"abc_plugin: --algo.advantage.gamma {gamma} discounts credit; without it OpenRLHF has 1 for {estimator}"
         )
     long, shorter = (lambd > 0.8, "lambd 0.5") if estimator == "gae" else (True, "gamma 0.8")
-    if shaping.dense and gamma == 1 and long and methods.load(shaping.method).needs & methods.SCORE_UNITS:
+    if shaping.dense and gamma == 1 and long and "prefix" in methods.load(shaping.method).needs:
         print(
             f"abc_plugin: --reward_shaping {shaping.method} earned more with --algo.advantage.{shorter}: its credit "
             "comes near its token, and a short horizon leaves the noise of later ones out (README.md)"

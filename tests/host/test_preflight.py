@@ -47,8 +47,8 @@ def test_good_models_pass(tiny, tmp_path, capsys):
     ("method", "estimator", "gamma", "said"),
     [
         ("prefix", "rloo", 1, "earned more with --algo.advantage.gamma 0.8"),
-        ("abc_signed", "gae", 1, "earned more with --algo.advantage.lambd 0.5"),
-        ("abc", "reinforce", 1, None),
+        ("prefix", "gae", 1, "earned more with --algo.advantage.lambd 0.5"),
+        ("abc_signed", "reinforce", 1, None),
         ("prefix", "reinforce", 0.8, None),
         ("prefix", "rloo", 0.8, "--algo.advantage.gamma 0.8 discounts credit; without it OpenRLHF has 1 for rloo"),
         ("none", "rloo", 0.8, None),

@@ -27,9 +27,8 @@ DEFAULT_CRITIC = (
     "but no better at equal KL."
 )
 WHOLE = " --shaping.beta 1"  # what abc_signed leaves with the last token is enough
-SIGNED = ("--reward_shaping prefix", "--reward_shaping abc_signed")
 HORIZON = (
-    "Signed credit earns by a short horizon, which leaves later tokens' noise out: add --algo.advantage.gamma 0.8 "
+    "prefix earns by a short horizon, which leaves later tokens' noise out: add --algo.advantage.gamma 0.8 "
     "without a critic, --algo.advantage.lambd 0.5 with one from the policy."
 )
 
@@ -79,7 +78,7 @@ def closing(advice: dict[int | None, Advice]) -> list[str]:
         where = "" if None in lengths else f" with completions of {', '.join(map(str, lengths))} tokens"
         why = "; ".join(f"{f'{n}: ' if n else ''}{advice[n].why}" for n in lengths)
         lines += [f"To train{where} without a critic, or with one from the policy ({why}):", f"    {command}"]
-    if any(method in command for command in commands for method in SIGNED):
+    if any("--reward_shaping prefix" in command for command in commands):
         lines.append(HORIZON)
     if any(not command.endswith(" none") for command in commands):
         lines.append(DEFAULT_CRITIC)

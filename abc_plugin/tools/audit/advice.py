@@ -26,7 +26,6 @@ DEFAULT_CRITIC = (
     "--algo.advantage.lambd 0.5: that critic's values tell credit from the first step. prefix on top learned faster, "
     "but no better at equal KL."
 )
-WHOLE = " --shaping.beta 1"  # what abc_signed leaves with the last token is enough
 HORIZON = (
     "prefix earns by a short horizon, which leaves later tokens' noise out: add --algo.advantage.gamma 0.8 "
     "without a critic, --algo.advantage.lambd 0.5 with one from the policy."
@@ -64,8 +63,7 @@ def advise(
         f"95 % intervals over {rank.n} prompts, widened for the number of methods ({len(others)})."
     )
     against = [_compared(tables, best, name, level) for name in (*others, RANDOM, RECENCY) if name != best]
-    command = " ".join([*words, best, *_options(methods[best], shaping)])
-    return Advice([conclusion, *against, *qualified], command + WHOLE * (best == "abc_signed"), why)
+    return Advice([conclusion, *against, *qualified], " ".join([*words, best, *_options(methods[best], shaping)]), why)
 
 
 def closing(advice: dict[int | None, Advice]) -> list[str]:
@@ -104,7 +102,7 @@ def _part(apart: Interval, summary: Summary) -> str:
 
 
 def _options(method: Method, shaping: ShapingConfig) -> list[str]:
-    """The settings audited that differ from the defaults, those that the method uses."""
+    """The settings audited that differ from the defaults, those that the method uses; and beta where 1 earned more."""
     uses = {
         "layer": method.needs & {"attention", "contribution"},
         "heads": "attention" in method.needs,
@@ -112,6 +110,7 @@ def _options(method: Method, shaping: ShapingConfig) -> list[str]:
         "entropy_floor": method.weights,
     }
     given = {name: getattr(shaping, name) for name, used in uses.items() if used}
+    given |= {"beta": 1} if "contribution" in method.needs else {}  # its rest stays with the last token anyway
     return [f"--shaping.{name} {value}" for name, value in given.items() if value != getattr(ShapingConfig(), name)]
 
 

@@ -46,6 +46,13 @@ RANGES = (
 GROUPED = ("rloo", "reinforce_baseline", "group_norm", "dr_grpo")  # take the mean of the prompt's other responses off
 DISCOUNTED = ("gae", "reinforce")  # the estimators for which the host takes gamma; for all others it is 1
 
+# Methods whose credit a critic that starts as the reward model has in its values already: the difference that a token
+# makes to the score of the text so far. Paid on top it counts twice, until the critic has unlearned it.
+COUNTED_TWICE = ("uniform", "abc", "abc_d", "abc_d2")
+# (1 - gamma) x tokens beyond which a reward on the last token is lost to most of the others: at gamma 0.8 abc_signed
+# lost to none at 110 tokens, and gained at 64 (launch/study/small).
+FORGOTTEN = 16
+
 
 class _Parsed(BaseException):
     """Carries the parsed arguments out of the host's script."""
@@ -148,6 +155,48 @@ def _check_numbers(args: Namespace) -> None:
 def reward_models(args: Namespace) -> list[str]:
     """The paths of ``--reward.model_name_or_path``, which has commas between several."""
     return [path.strip() for path in (args.reward.model_name_or_path or "").split(",") if path.strip()]
+
+
+def announce(args: Namespace, shaping: ShapingConfig) -> None:
+    """Say what the method costs, and where it is not expected to gain anything. After ``check_models``."""
+    from abc_plugin.credit import methods  # imports torch, for which --help need not wait
+
+    if not shaping.dense:
+        return
+    name, needs = f"--reward_shaping {shaping.method}", methods.load(shaping.method).needs
+    critic, advantage = args.critic.model_name_or_path, args.algo.advantage
+    estimator, gamma, lambd = advantage.estimator, advantage.gamma, advantage.lambd
+    longest = args.rollout.max_new_tokens or args.data.max_len
+    long, shorter = (lambd > 0.8, "lambd 0.5") if estimator == "gae" else (True, "gamma 0.8")
+    counted_twice = shaping.method in COUNTED_TWICE and critic in reward_models(args) and not shaping.share_base
+    for holds, line in (
+        (
+            gamma != 1 and estimator not in DISCOUNTED,
+            f"--algo.advantage.gamma {gamma} discounts credit; without it OpenRLHF has 1 for {estimator}",
+        ),
+        (
+            gamma == 1 and long and "prefix" in needs,
+            f"{name} earned more with --algo.advantage.{shorter}: its credit comes near its token, and a short "
+            "horizon leaves the noise of later ones out (README.md)",
+        ),
+        (
+            estimator != "gae" and "contribution" in needs and (1 - gamma) * longest > FORGOTTEN,
+            f"WARNING: {name} leaves a rest of the reward with the last token, which --algo.advantage.gamma {gamma} "
+            f"takes from most tokens of completions as long as {longest}: use gamma 1",
+        ),
+        (
+            "shapley" in needs,
+            f"{name} runs the reward model {shaping.calls} more times per response (--shaping.calls): "
+            f"{shaping.calls + 1} times the cost of scoring it",
+        ),
+        (
+            counted_twice,
+            f"WARNING: {name} seldom gains where the critic starts as the reward model ({critic}), whose values tell "
+            "it already; use --reward_shaping none or prefix with --algo.advantage.lambd 0.5",
+        ),
+    ):
+        if holds:
+            print(f"abc_plugin: {line}")
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from abc_plugin.config import ShapingConfig
 from abc_plugin.credit import methods
 from abc_plugin.credit.methods import policy_need
 from abc_plugin.errors import UserError
-from abc_plugin.host.arguments import DISCOUNTED, reward_models
+from abc_plugin.host.arguments import announce, reward_models
 from abc_plugin.host.prompt_dataset import check_lengths, check_rollouts, read_data, rendered
 from abc_plugin.text.check_tokenizers import load_tokenizer
 from abc_plugin.text.remote_credit import SPANS
@@ -46,10 +46,6 @@ NO_GRADIENT = (
     ("ds.ring_attn_size", lambda size: size > 1, "it splits each sequence over processes", GRADIENTS),
     ("ds.tensor_parallel_size", lambda size: size > 1, "it splits each layer over processes", GRADIENTS),
 )
-
-# Methods whose credit a critic that starts as the reward model has in its values already: the difference that a token
-# makes to the score of the text so far. Paid on top it counts twice, until the critic has unlearned it.
-COUNTED_TWICE = ("uniform", "abc", "abc_d", "abc_d2")
 
 
 def check_method(args: Namespace, shaping: ShapingConfig, *, remote: str | None = None) -> None:
@@ -316,6 +312,7 @@ def preflight(args: Namespace, shaping: ShapingConfig) -> None:
             if not absent_models(args):
                 check_files(args, shaping, data, runs_here=False)
                 check_policy(args, shaping, runs_here=False)
+            announce(args, shaping)
             return
     absent = absent_models(args)
     args.shaping_checked = not absent
@@ -326,33 +323,6 @@ def preflight(args: Namespace, shaping: ShapingConfig) -> None:
     else:
         check_models(args, shaping, data, runs_here=False)
     announce(args, shaping)
-
-
-def announce(args: Namespace, shaping: ShapingConfig) -> None:
-    """Say what the method costs, and where it is not expected to gain anything. After ``check_models``."""
-    critic, advantage = args.critic.model_name_or_path, args.algo.advantage
-    estimator, gamma, lambd = advantage.estimator, advantage.gamma, advantage.lambd
-    if shaping.dense and gamma != 1 and estimator not in DISCOUNTED:
-        print(
-            f"abc_plugin: --algo.advantage.gamma {gamma} discounts credit; without it OpenRLHF has 1 for {estimator}"
-        )
-    long, shorter = (lambd > 0.8, "lambd 0.5") if estimator == "gae" else (True, "gamma 0.8")
-    if shaping.dense and gamma == 1 and long and "prefix" in methods.load(shaping.method).needs:
-        print(
-            f"abc_plugin: --reward_shaping {shaping.method} earned more with --algo.advantage.{shorter}: its credit "
-            "comes near its token, and a short horizon leaves the noise of later ones out (README.md)"
-        )
-    if shaping.dense and "shapley" in methods.load(shaping.method).needs:
-        print(
-            f"abc_plugin: --reward_shaping {shaping.method} runs the reward model {shaping.calls} more times per "
-            f"response (--shaping.calls): {shaping.calls + 1} times the cost of scoring it"
-        )
-    if shaping.dense and shaping.method in COUNTED_TWICE and critic in reward_models(args) and not shaping.share_base:
-        print(
-            f"abc_plugin: WARNING: --reward_shaping {shaping.method} seldom gains where the critic starts as the "
-            f"reward model ({critic}), whose values tell it already; use --reward_shaping none or prefix "
-            "with --algo.advantage.lambd 0.5"
-        )
 
 
 def absent_models(args: Namespace) -> list[str]:

@@ -1,6 +1,6 @@
 """Some completions of a training step, with the numbers of each token, as ``completions.jsonl`` and to the trackers.
 
-Reads only: what the host computes is the same with it and without. See ``report.records`` for the file's fields.
+Reads only: what the host computes is the same with it and without. The fields: ``report.recorded_completions``.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class CreditExperienceMaker(RemoteExperienceMaker):
     unchanged. With ``none`` or beta 0 the host's own tensors pass through untouched.
     """
 
-    recorder: Any = None  # host.recorder.Recorder, or None where nothing is recorded
+    recorder: Any = None  # completion_recorder.Recorder, or None where nothing is recorded
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
@@ -380,7 +380,7 @@ def _check_rewards(samples: Sequence[Experience], *, from_rollout: bool) -> None
             raise CreditError(
                 f"{where} has a list of {sample.rewards.numel()} rewards: the host takes one scalar reward per "
                 "response and would keep a single element of a list. Return their sum under "
-                f'"rewards" and the tokens\' shares under extra_logs["{SPANS["attention"]}"] (see README)'
+                f'"rewards" and the tokens\' shares under extra_logs["{SPANS["attention"]}"] (launch/ray/README.md)'
             )
         elif not torch.isfinite(sample.rewards).all():
             raise NotFinite(f"{where} has the reward {sample.rewards.item()}: nothing was trained on it")

@@ -28,7 +28,7 @@ from abc_plugin.attention.model_files import read_headers
 from abc_plugin.credit.methods import policy_need
 from abc_plugin.errors import CannotWrite, Terminated, UserError
 from abc_plugin.host import checks
-from abc_plugin.host.arguments import settings_of
+from abc_plugin.host.arguments import announce, settings_of
 from abc_plugin.host.model_workers import CreditPolicyModel, CreditRewardModel, RestoredCritic
 from abc_plugin.host.prompt_dataset import check_rollouts
 from abc_plugin.local import distributed_ranks, frozen_layers, local_checks, lora
@@ -62,7 +62,7 @@ def _announce(args: Namespace, prompts: int, ignored: list[str]) -> None:
         print("abc-rlhf local: this CPU has no fast bf16: --ds.param_dtype fp32 would be many times faster")
     dense = f", beta {shaping.beta:g}" if shaping.dense else ""
     print(f"abc-rlhf local: {prompts} prompts, reward shaping {shaping.method}{dense}, {device}")
-    checks.announce(args, shaping)
+    announce(args, shaping)
 
 
 def _check_space(args: Namespace) -> None:

@@ -18,7 +18,8 @@ from abc_plugin.output_directory import writing
 import_host()
 
 from abc_plugin.host import checks  # noqa: E402
-from abc_plugin.host.checks import announce, preflight  # noqa: E402
+from abc_plugin.host.arguments import announce  # noqa: E402
+from abc_plugin.host.checks import preflight  # noqa: E402
 from abc_plugin.host.ray_driver import _cause  # noqa: E402
 from abc_plugin.local.local_checks import parse_for_one_process  # noqa: E402
 
@@ -44,19 +45,23 @@ def test_good_models_pass(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("method", "estimator", "gamma", "said"),
+    ("method", "estimator", "gamma", "tokens", "said"),
     [
-        ("prefix", "rloo", 1, "earned more with --algo.advantage.gamma 0.8"),
-        ("prefix", "gae", 1, "earned more with --algo.advantage.lambd 0.5"),
-        ("abc_signed", "reinforce", 1, None),
-        ("prefix", "reinforce", 0.8, None),
-        ("prefix", "rloo", 0.8, "--algo.advantage.gamma 0.8 discounts credit; without it OpenRLHF has 1 for rloo"),
-        ("none", "rloo", 0.8, None),
+        ("prefix", "rloo", 1, 8, "earned more with --algo.advantage.gamma 0.8"),
+        ("prefix", "gae", 1, 8, "earned more with --algo.advantage.lambd 0.5"),
+        ("abc_signed", "reinforce", 1, 110, None),
+        ("abc_signed", "reinforce", 0.8, 64, None),
+        ("abc_signed", "reinforce", 0.8, 110, "gamma 0.8 takes from most tokens of completions as long as 110"),
+        ("abc_signed", "gae", 0.8, 110, None),
+        ("prefix", "reinforce", 0.8, 110, None),
+        ("prefix", "rloo", 0.8, 8, "--algo.advantage.gamma 0.8 discounts credit; without it OpenRLHF has 1 for rloo"),
+        ("none", "rloo", 0.8, 8, None),
     ],
 )
-def test_a_horizon_is_told(tiny, tmp_path, capsys, method, estimator, gamma, said):
+def test_a_horizon_is_told(tiny, tmp_path, capsys, method, estimator, gamma, tokens, said):
     changes = {"algo.advantage.estimator": estimator, "algo.advantage.gamma": gamma, "critic.model_name_or_path": None}
-    checked(tiny, tmp_path, ShapingConfig(method), **changes, **{"rollout.n_samples_per_prompt": 4})
+    changes |= {"rollout.max_new_tokens": tokens, "data.max_len": 128, "rollout.n_samples_per_prompt": 4}
+    checked(tiny, tmp_path, ShapingConfig(method), **changes)
     told = [line for line in capsys.readouterr().out.splitlines() if "--algo.advantage." in line]
     assert len(told) == bool(said) and all(said in line for line in told)
 
@@ -102,11 +107,16 @@ def test_settings_that_a_remote_reward_cannot_heed(tiny, tmp_path, setting):
 
 def test_a_remote_reward_is_told_what_to_send(tiny, tmp_path, capsys):
     args, _ = parse_for_one_process(local_flags(tiny, tmp_path), ShapingConfig())
-    args.train.agent_func_path = "agent.py"
+    args.train.agent_func_path, args.reward.model_name_or_path = "agent.py", None
     preflight(args, ShapingConfig("abc"))
     assert "--train.agent_func_path is set: --reward_shaping abc needs credit_spans" in capsys.readouterr().out
     preflight(args, ShapingConfig("uniform"))
     assert capsys.readouterr().out == ""
+    args.algo.advantage.estimator, args.algo.advantage.gamma = "reinforce", 0.8
+    args.rollout.max_new_tokens, args.data.max_len = 110, 128
+    preflight(args, ShapingConfig("abc_signed"))
+    said = capsys.readouterr().out
+    assert "needs contribution_spans" in said and "WARNING: --reward_shaping abc_signed leaves a rest" in said
 
 
 @pytest.mark.parametrize(

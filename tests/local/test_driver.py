@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from abc_plugin.cli import main
 from abc_plugin.report.recorded_completions import read_records
 
-AGAIN = {"ckpt.save_steps": 2, "ds.param_dtype": "fp32", "ckpt.load_enable": True}
+AGAIN = {"ckpt.save_steps": 2, "ckpt.load_enable": True}
 RUNS = {"none": {}, "beta0": {"reward_shaping": "abc", "shaping.beta": 0}}
 WITHOUT_RAY = "import sys; sys.modules['ray'] = None; from abc_plugin.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -24,9 +24,13 @@ WITHOUT_RAY = "import sys; sys.modules['ray'] = None; from abc_plugin.cli import
 def runs(tiny, local_runs, tmp_path_factory):
     """Directory and output of runs with equal flags but for the shaping: the stock host, none, beta 0 and abc."""
     out = {name: tmp_path_factory.mktemp(name) for name in ("stock", *RUNS, "abc")}
-    said = {name: local_runs.done(local_flags(tiny, out[name], **changes)) for name, changes in RUNS.items()}
-    said["stock"] = local_runs.done(local_flags(tiny, out["stock"]), variant=("stock", None))
-    abc = run_python("-c", WITHOUT_RAY, "local", *local_flags(tiny, out["abc"], reward_shaping="abc"))
+
+    def flags(name, **changes):
+        return local_flags(tiny, out[name], **{"ds.param_dtype": "bf16"} | changes)  # the host's default
+
+    said = {name: local_runs.done(flags(name, **changes)) for name, changes in RUNS.items()}
+    said["stock"] = local_runs.done(flags("stock"), variant=("stock", None))
+    abc = run_python("-c", WITHOUT_RAY, "local", *flags("abc", reward_shaping="abc"))
     assert abc.returncode == 0, abc.stderr[-3000:]
     return {name: (out[name], said.get(name, abc.stdout)) for name in out}
 
@@ -141,7 +145,7 @@ def test_a_scheduler_that_ends_the_job_gets_a_checkpoint_first(tiny, local_runs,
 
 
 def test_a_full_disk_ends_in_one_line_that_says_what_is_kept(tiny, local_runs, tmp_path):
-    flags = local_flags(tiny, tmp_path, **{"ckpt.save_steps": 2, "ds.param_dtype": "fp32"})
+    flags = local_flags(tiny, tmp_path, **{"ckpt.save_steps": 2})
     status, said = local_runs.run(flags, variant=("full_disk", 3))
     assert status == 1
     [line] = [line for line in said.splitlines() if "cannot be written" in line]

@@ -151,7 +151,7 @@ def runs(tiny, local_runs, tmp_path_factory):
     outs = {}
     for variant in ("unchanged", "without_kept_states"):
         outs[variant] = tmp_path_factory.mktemp(variant)
-        changes = {"local.train_layers": 1, "reward_shaping": "abc", "train.max_epochs": 2, "ds.param_dtype": "fp32"}
+        changes = {"local.train_layers": 1, "reward_shaping": "abc", "train.max_epochs": 2}
         local_runs.done(local_flags(tiny, outs[variant], **changes), variant=(variant, None))
     return outs
 

@@ -26,7 +26,7 @@ from abc_plugin.local import local_checks  # noqa: E402
 from abc_plugin.local.lora import NF4  # noqa: E402
 
 IDS = torch.randint(3, 280, (4, 16), generator=torch.Generator().manual_seed(0))  # the probe's
-COMMON = {"reward_shaping": "abc", "actor.adam.lr": 1e-2, "ds.lora.rank": 4}
+COMMON = {"reward_shaping": "abc", "actor.adam.lr": 1e-2, "ds.lora.rank": 4, "ds.param_dtype": "bf16"}
 RUNS = {
     "qlora": {
         "ds.load_in_4bit": True,

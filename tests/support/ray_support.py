@@ -38,6 +38,7 @@ def ray_flags(tiny: Path, out: Path, **changes: object) -> list[str]:
         "vllm.num_engines": 1,
         "vllm.enforce_eager": True,
         "ds.attn_implementation": "eager",
+        "ds.param_dtype": None,  # its parser has bf16 and fp16 only
     }
     return as_words(run_settings(tiny, out) | cluster | changes)
 

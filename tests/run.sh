@@ -9,7 +9,7 @@ bash launch/environment.sh ray
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false KMP_BLOCKTIME=0 OMP_WAIT_POLICY=PASSIVE
 if [ $# -gt 0 ]; then exec .venv/bin/python -m pytest --durations=10 "$@"; fi
 # The runs on a real cluster by themselves: they have many processes, which give up when they wait too long for each other.
-# Five of them are left out to end within 40 minutes on two slow cores: bash tests/run.sh -m more
-clusters=tests/host/test_ray.py
-.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 --ignore "$clusters"
-.venv/bin/python -m pytest --durations=10 -m "not more" "$clusters"
+# Five of them are left out: bash tests/run.sh -m more
+by_file="-n 2 --dist loadfile --no-loadscope-reorder"
+.venv/bin/python -m pytest $by_file --durations=15 --ignore-glob "*/test_ray*.py"
+.venv/bin/python -m pytest $by_file --durations=10 -m "not more" tests/host/test_ray.py tests/host/test_ray_rewards.py

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,15 @@ import pytest
 import torch
 from conftest import as_words, run_settings
 from torch import Tensor
+from transformers import AutoModel
+
+from abc_plugin.attention import attach
+from abc_plugin.credit.redistribute import response_weights
 
 CLONE = Path(__file__).parents[2]
 INTERPRETER = "ABC_RAY_PYTHON"
+# Rollout log-probs show that vLLM has the trained weights.
+CHANGES = {"actor.adam.lr": 1e-2, "algo.advantage.is_correction_level": "token"}
 
 
 def ray_python() -> str:
@@ -68,6 +76,59 @@ def run_ray(which: str, out: Path, flags: list[str], timeout: int = 600) -> RayR
             break
     steps = [torch.load(path) for path in sorted((out / "records").glob("*.pt"))]
     return RayRun(status, (out / "log").read_text(errors="replace"), steps)
+
+
+def trained(which: str, tiny: Path, out: Path, **changes: object) -> RayRun:
+    """A run that must succeed."""
+    flags = ray_flags(tiny, out, **{"logger.tensorboard_dir": out / "tensorboard"}, **CHANGES | changes)
+    finished = run_ray(which, out, flags)
+    assert finished.status == 0, finished.log[-4000:]
+    return finished
+
+
+def arrived(log: str) -> int:
+    """How often a driver said that credit arrived."""
+    return len(re.findall(r"abc_plugin: credit arrived: \d+ responses", log))
+
+
+def column(run: RayRun, step: int, name: str) -> Tensor:
+    """A metric of a step's responses."""
+    return torch.cat([one["info"][name].float().flatten() for one in run.steps[step]])
+
+
+def credit_by_sequence(step: list[dict]) -> dict[tuple, float]:
+    """The entropy of each sequence's credit, as recorded."""
+    return {
+        tuple(sequence[mask_A.nonzero().flatten() + 1].tolist()): entropy.item()
+        for one in step
+        for sequence, mask_A, entropy in zip(
+            one["sequences"], one["action_mask"], one["info"]["credit_entropy"], strict=True
+        )
+    }
+
+
+def expected_entropies(tiny: Path, step: list[dict]) -> dict[tuple, float]:
+    """The entropy of each sequence's credit, from the reward model in fp32, alone, one sequence at a time."""
+    model = AutoModel.from_pretrained(tiny / "reward_model", dtype=torch.float32, attn_implementation="eager").eval()
+    recovery, entropies = attach(model, recovery="eager-rerun"), {}
+    for one in step:
+        for sequence, mask_A in zip(one["sequences"], one["action_mask"], strict=True):
+            end = int(mask_A.nonzero().max()) + 2
+            ids, mask = sequence[None, :end], torch.ones(1, end, dtype=torch.long)
+            with recovery.record(mask) as recording, torch.no_grad():
+                model(ids, attention_mask=mask)
+            weight_A = response_weights(recording.row_BS[:, 1:], mask_A[None, : end - 1])
+            key = tuple(sequence[mask_A.nonzero().flatten() + 1].tolist())
+            entropies[key] = torch.special.entr(weight_A).sum().item()
+    return entropies
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path, seconds: int = 300) -> None:
+    """Poll until the condition holds; fail when the process ends first or time is up."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, log.read_text()[-4000:]
+        time.sleep(0.2)
 
 
 def tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

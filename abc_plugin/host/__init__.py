@@ -17,8 +17,8 @@ A reward's way from the reward model to the advantage:
 install.py              puts the subclasses where the host looks up its own; the plugin of a patched host
 imports.py              imports the host where vLLM, flash-attn or CUDA are absent
 supported_releases.py   what the host must offer
-arguments.py            the host's own command-line parser
-checks.py               what is refused before a model is loaded; prompt_dataset.py: the prompts
+arguments.py            the host's own command-line parser, and what is said of a run's settings
+model_checks.py         what is refused before a model is loaded; prompt_dataset.py: the prompts
 model_workers.py        the workers of reward model, policy and critic
 experience_maker.py     where credit becomes reward; completion_recorder.py writes down some completions
 ray_driver.py           ``abc-rlhf ray``; ray_trainers.py; cluster_on_cpu.py: its whole stack on a machine without GPUs

@@ -123,7 +123,7 @@ def _rebind(stock: object, ours: object) -> None:
 def _carrying(shaping: ShapingConfig, stock: object) -> object:
     def get_strategy(args: Namespace) -> object:
         if getattr(args, "shaping", None) is None:
-            from abc_plugin.host.checks import preflight
+            from abc_plugin.host.model_checks import preflight
 
             preflight(args, shaping)
             args.shaping = shaping

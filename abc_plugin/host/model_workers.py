@@ -25,8 +25,8 @@ from abc_plugin.credit import methods
 from abc_plugin.credit.methods import policy_need
 from abc_plugin.credit.shapley import segments, shapley_values
 from abc_plugin.errors import NotFinite
-from abc_plugin.host.checks import check_models
 from abc_plugin.host.install import undecorated
+from abc_plugin.host.model_checks import check_models
 from abc_plugin.text.check_tokenizers import load_tokenizer
 from abc_plugin.text.segment_ends import segment_ends
 from abc_plugin.text.tokenizer_differences import compare

@@ -21,8 +21,8 @@ ON_CPU = "--on_cpu"
 def main(argv: list[str]) -> int:
     """Train; returns the exit status. Raises UserError for what can be refused before Ray is asked for a GPU."""
     args = parsed(argv)  # with --help the host's parser prints its part and ends here
-    from abc_plugin.host.checks import absent_models, preflight
     from abc_plugin.host.install import install
+    from abc_plugin.host.model_checks import absent_models, preflight
 
     on_cpu, shaping = ON_CPU in argv, args.shaping
     preflight(args, shaping)

@@ -257,7 +257,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 def _load(args: Namespace) -> Any:
     """The host's loaded reward model (its RewardModelProxy)."""
-    from abc_plugin.host.checks import check_served
+    from abc_plugin.host.model_checks import check_served
 
     check_served(args)
     try:

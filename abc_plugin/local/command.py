@@ -41,13 +41,13 @@ def evaluate(argv: list[str]) -> int:
         add_flags(parser)
     own, rest = parser.parse_known_args(argv)
     args, _ = settings(rest, beta=1.0)  # the method's own credit is shown, and checked for
-    from abc_plugin.host.checks import check_models
+    from abc_plugin.host.model_checks import check_models
     from abc_plugin.host.prompt_dataset import read_data
-    from abc_plugin.local import distributed_ranks, local_checks
+    from abc_plugin.local import distributed_ranks, flag_checks
     from abc_plugin.local.evaluate import evaluate as sample
     from abc_plugin.output_directory import check_file, write_atomically, writing
 
-    local_checks.check_supported(args)
+    flag_checks.check_supported(args)
     distributed_ranks.refuse_several("evaluate")
     check_file("--out", own.out, args.data.prompt_dataset)
     data = read_data(args)
@@ -73,7 +73,7 @@ def settings(argv: list[str], **shaping_changes: object) -> tuple[Namespace, lis
     shaping, host_argv = split_flags(argv)
     methods.load(shaping.method)
     import_host()
-    from abc_plugin.local.local_checks import parse_for_one_process
+    from abc_plugin.local.flag_checks import parse_for_one_process
 
     return parse_for_one_process(host_argv, replace(shaping, **shaping_changes))
 

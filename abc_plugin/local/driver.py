@@ -27,11 +27,11 @@ from abc_plugin import output_directory
 from abc_plugin.attention.model_files import read_headers
 from abc_plugin.credit.methods import policy_need
 from abc_plugin.errors import CannotWrite, Terminated, UserError
-from abc_plugin.host import checks
+from abc_plugin.host import model_checks
 from abc_plugin.host.arguments import announce, settings_of
 from abc_plugin.host.model_workers import CreditPolicyModel, CreditRewardModel, RestoredCritic
 from abc_plugin.host.prompt_dataset import check_rollouts
-from abc_plugin.local import distributed_ranks, frozen_layers, local_checks, lora
+from abc_plugin.local import distributed_ranks, flag_checks, frozen_layers, lora
 from abc_plugin.local.checkpoints import prepare, saves
 from abc_plugin.local.distributed_ranks import TERMINATION
 from abc_plugin.local.ray_in_process import IN_PROCESS_RAY, InProcessClass, InProcessGroup
@@ -84,16 +84,16 @@ def _fast_bf16() -> bool:
 
 def check(args: Namespace) -> Dataset:
     """The prompts, after all checks but those of the output directory. Raises UserError."""
-    local_checks.check_supported(args)
-    local_checks.check_lora(args)
+    flag_checks.check_supported(args)
+    flag_checks.check_lora(args)
     distributed_ranks.take_device()
-    data = local_checks.check_data(args)
-    local_checks.check_batches(args, len(data))
+    data = flag_checks.check_data(args)
+    flag_checks.check_batches(args, len(data))
     check_rollouts(args, len(data), distributed_ranks.current_rank().count, saves=saves(args))
-    checks.check_models(args, args.shaping, data)
+    model_checks.check_models(args, args.shaping, data)
     frozen_layers.check_settings(args, args.shaping)
-    local_checks.check_lora_targets(args)
-    checks.check_output(args, merged=lora.MERGED)
+    flag_checks.check_lora_targets(args)
+    model_checks.check_output(args, merged=lora.MERGED)
     return data
 
 

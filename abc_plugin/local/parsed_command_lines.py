@@ -65,7 +65,7 @@ def _check_and_count_steps(args: Namespace, driver: str) -> int | None:
 
         prompts = len(check(args))
     else:
-        from abc_plugin.host.checks import preflight
+        from abc_plugin.host.model_checks import preflight
         from abc_plugin.host.prompt_dataset import read_data
 
         preflight(args, args.shaping)

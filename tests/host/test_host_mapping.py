@@ -17,9 +17,9 @@ import_host()
 
 from test_model_workers import worker  # noqa: E402
 
-from abc_plugin.host.checks import check_models  # noqa: E402
+from abc_plugin.host.model_checks import check_models  # noqa: E402
 from abc_plugin.host.model_workers import OwnTokens  # noqa: E402
-from abc_plugin.local.local_checks import parse_for_one_process  # noqa: E402
+from abc_plugin.local.flag_checks import parse_for_one_process  # noqa: E402
 from abc_plugin.text import tokenizer_mapping  # noqa: E402
 
 

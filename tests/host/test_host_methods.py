@@ -18,10 +18,10 @@ from abc_plugin.host.imports import import_host
 
 import_host()
 
-from abc_plugin.host import checks  # noqa: E402
+from abc_plugin.host import model_checks  # noqa: E402
 from abc_plugin.host.arguments import parse, reward_models  # noqa: E402
-from abc_plugin.host.checks import preflight  # noqa: E402
-from abc_plugin.local.local_checks import parse_for_one_process  # noqa: E402
+from abc_plugin.host.model_checks import preflight  # noqa: E402
+from abc_plugin.local.flag_checks import parse_for_one_process  # noqa: E402
 from abc_plugin.text.segment_ends import segment_ends  # noqa: E402
 
 
@@ -110,7 +110,7 @@ def refused(tiny, out, on_ray=False, **changes):
             preflight(parse(words), shaping)
         else:
             args, _ = parse_for_one_process(words, shaping)
-            checks.check_models(args, shaping)
+            model_checks.check_models(args, shaping)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -158,7 +158,7 @@ def test_lists_of_reward_models_are_checked_one_by_one(tiny, second, other, tmp_
         assert message in refused(tiny, tmp_path, reward_shaping="abc", **{"reward.model_name_or_path": given})
     both = {"reward.model_name_or_path": f"{tiny / 'reward_model'},{second}", "algo.advantage.estimator": "gae"}
     args, _ = parse_for_one_process(local_flags(tiny, tmp_path, **both), ShapingConfig("abc"))
-    checks.check_models(args, args.shaping)
+    model_checks.check_models(args, args.shaping)
     assert reward_models(args) == [str(tiny / "reward_model"), str(second)]
     assert args.critic.model_name_or_path == str(tiny / "reward_model")
 
@@ -169,7 +169,7 @@ def test_a_bidirectional_reward_model_has_no_score_of_a_prefix(tiny, tmp_path):
     args, _ = parse_for_one_process(local_flags(tiny, tmp_path), ShapingConfig("prefix"))
     config = AutoConfig.for_model("bert", hidden_size=32, num_attention_heads=2, num_hidden_layers=1)
     with pytest.raises(UserError, match="BertModel reads its tokens in both directions"):
-        checks.check_readers(args, "x", config, ShapingConfig("prefix"))
+        model_checks.check_readers(args, "x", config, ShapingConfig("prefix"))
 
 
 def test_sentences_end_where_their_last_token_is_written(tiny):

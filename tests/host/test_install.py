@@ -89,7 +89,7 @@ def test_the_actors_keep_the_hosts_options_and_workers_import_them_by_name():
 
 def test_settings_travel_in_args_and_are_checked_once_before_any_actor(monkeypatch):
     checked = []
-    monkeypatch.setattr("abc_plugin.host.checks.preflight", lambda args, shaping: checked.append(shaping))
+    monkeypatch.setattr("abc_plugin.host.model_checks.preflight", lambda args, shaping: checked.append(shaping))
     monkeypatch.setattr("openrlhf.utils.utils.get_strategy", stub := lambda args: SimpleNamespace(args=args))
     monkeypatch.setattr("openrlhf.utils.get_strategy", stub)
     shaping = ShapingConfig("uniform", 0.5)

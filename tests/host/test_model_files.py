@@ -19,8 +19,8 @@ import_host()
 
 from abc_plugin.attention import model_files  # noqa: E402
 from abc_plugin.attention.scalar_head import check_files  # noqa: E402
-from abc_plugin.host.checks import check_models, preflight  # noqa: E402
-from abc_plugin.local.local_checks import parse_for_one_process  # noqa: E402
+from abc_plugin.host.model_checks import check_models, preflight  # noqa: E402
+from abc_plugin.local.flag_checks import parse_for_one_process  # noqa: E402
 
 ACTOR, REWARD, CRITIC = (f"{name}.model_name_or_path" for name in ("actor", "reward", "critic"))
 

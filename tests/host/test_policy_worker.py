@@ -21,11 +21,11 @@ import_host()
 from openrlhf.models import Actor  # noqa: E402
 from openrlhf.trainer.ray.ppo_actor import PolicyModelActor  # noqa: E402
 
-from abc_plugin.host import checks  # noqa: E402
 from abc_plugin.host import install as plugin  # noqa: E402
+from abc_plugin.host import model_checks  # noqa: E402
 from abc_plugin.host.arguments import parse  # noqa: E402
-from abc_plugin.host.checks import preflight  # noqa: E402
 from abc_plugin.host.install import undecorated  # noqa: E402
+from abc_plugin.host.model_checks import preflight  # noqa: E402
 from abc_plugin.host.model_workers import CreditPolicyModel  # noqa: E402
 
 CLUSTER = ["--actor.num_gpus_per_node", "1", "--vllm.num_engines", "0", "--rollout.batch_size", "8"]
@@ -161,19 +161,19 @@ def test_a_method_that_needs_both_rows_is_refused(monkeypatch):
 
 def test_what_cannot_be_read_is_refused_before_models_load(tiny, tmp_path):
     args = arguments("--actor.model_name_or_path", tiny / "policy", "--ds.attn_implementation", "eager")
-    checks.check_policy(args, ShapingConfig("abc_d"))
+    model_checks.check_policy(args, ShapingConfig("abc_d"))
     args.ds.ring_attn_size = 2
-    checks.check_policy(args, ShapingConfig("abc"))
+    model_checks.check_policy(args, ShapingConfig("abc"))
     with pytest.raises(UserError, match=r"--reward_shaping abc_d reads .* which --ds.ring_attn_size 2 splits; leave"):
-        checks.check_policy(args, ShapingConfig("abc_d"))
+        model_checks.check_policy(args, ShapingConfig("abc_d"))
     args.ds.ring_attn_size = 1
     with pytest.raises(UserError, match="reads the policy .*policy: layer 9 is out of range"):
-        checks.check_policy(args, ShapingConfig("abc_d", layer="9"))
+        model_checks.check_policy(args, ShapingConfig("abc_d", layer="9"))
     shutil.copytree(tiny / "policy", tmp_path / "policy")
     (tmp_path / "policy/config.json").write_text(json.dumps({"model_type": "mamba2"}))
     args.actor.model_name_or_path = str(tmp_path / "policy")
     with pytest.raises(UserError, match="reads the policy .*policy: Mamba2Model is not supported"):
-        checks.check_policy(args, ShapingConfig("abc_d"))
+        model_checks.check_policy(args, ShapingConfig("abc_d"))
 
 
 def test_a_rule_may_be_credited_by_the_policy(tiny):

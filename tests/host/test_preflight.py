@@ -17,11 +17,11 @@ from abc_plugin.output_directory import writing
 
 import_host()
 
-from abc_plugin.host import checks  # noqa: E402
+from abc_plugin.host import model_checks  # noqa: E402
 from abc_plugin.host.arguments import announce  # noqa: E402
-from abc_plugin.host.checks import preflight  # noqa: E402
+from abc_plugin.host.model_checks import preflight  # noqa: E402
 from abc_plugin.host.ray_driver import _cause  # noqa: E402
-from abc_plugin.local.local_checks import parse_for_one_process  # noqa: E402
+from abc_plugin.local.flag_checks import parse_for_one_process  # noqa: E402
 
 
 def checked(tiny, out, shaping=None, **changes):
@@ -188,6 +188,6 @@ def test_a_worker_that_died_says_how_to_go_on():
 
 def test_packing_is_refused_where_samples_would_mix():
     args = Namespace(ds=Namespace(packing_samples=True))
-    checks._check_packing(args, "--actor.model_name_or_path", "m", tiny_model("llama").config)
+    model_checks._check_packing(args, "--actor.model_name_or_path", "m", tiny_model("llama").config)
     with pytest.raises(UserError, match="--ds.packing_samples, --actor.* m: .* would mix in its layers of .*DeltaNet"):
-        checks._check_packing(args, "--actor.model_name_or_path", "m", tiny_model("qwen3_next").config)
+        model_checks._check_packing(args, "--actor.model_name_or_path", "m", tiny_model("qwen3_next").config)

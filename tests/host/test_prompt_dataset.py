@@ -15,9 +15,9 @@ from abc_plugin.host.imports import import_host
 
 import_host()
 
-from abc_plugin.host.checks import preflight  # noqa: E402
+from abc_plugin.host.model_checks import preflight  # noqa: E402
 from abc_plugin.host.prompt_dataset import check_lengths, check_rollouts, read_data, rendered  # noqa: E402
-from abc_plugin.local.local_checks import parse_for_one_process  # noqa: E402
+from abc_plugin.local.flag_checks import parse_for_one_process  # noqa: E402
 
 
 @pytest.mark.parametrize(

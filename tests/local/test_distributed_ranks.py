@@ -27,7 +27,7 @@ import_host()
 
 import rank_checks  # noqa: E402
 
-from abc_plugin.local import local_checks  # noqa: E402
+from abc_plugin.local import flag_checks  # noqa: E402
 from abc_plugin.local.ray_in_process import InProcessGroup  # noqa: E402
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -123,7 +123,7 @@ UNEVEN = "which {} ranks cannot share out in batches of --rollout.micro_batch_si
 def test_ranks_share_every_batch_evenly_or_are_refused(monkeypatch, size, prompts, changes, message):
     launched(monkeypatch, **LAUNCHED | {"WORLD_SIZE": str(size), "RANK": "0"})
     with contextlib.nullcontext() if message is None else pytest.raises(UserError, match=re.escape(message)):
-        local_checks.check_batches(settings(**changes), prompts)
+        flag_checks.check_batches(settings(**changes), prompts)
 
 
 def test_evaluation_by_several_processes_is_refused(tiny, tmp_path, capsys, monkeypatch):

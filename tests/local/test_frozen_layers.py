@@ -13,7 +13,7 @@ from abc_plugin.errors import UserError
 from abc_plugin.host.imports import import_host
 
 import_host()
-from abc_plugin.local import frozen_layers, local_checks  # noqa: E402
+from abc_plugin.local import flag_checks, frozen_layers  # noqa: E402
 
 SMALL = {"vocab_size": 50, "num_hidden_layers": 4, "hidden_size": 16, "num_attention_heads": 2}
 CONFIGS = {
@@ -194,4 +194,4 @@ def test_only_the_top_layer_is_trained(runs, tiny):
 def test_settings_that_do_not_fit(tiny, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         shaping, words = split_flags(local_flags(tiny, tmp_path / "out", **changes))
-        frozen_layers.check_settings(local_checks.parse_for_one_process(words, shaping)[0], shaping)
+        frozen_layers.check_settings(flag_checks.parse_for_one_process(words, shaping)[0], shaping)

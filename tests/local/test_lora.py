@@ -20,9 +20,9 @@ from abc_plugin.host.imports import import_host
 
 import_host()
 
-from abc_plugin.host.checks import preflight  # noqa: E402
+from abc_plugin.host.model_checks import preflight  # noqa: E402
 from abc_plugin.host.model_workers import keep_gradients_exact  # noqa: E402
-from abc_plugin.local import local_checks  # noqa: E402
+from abc_plugin.local import flag_checks  # noqa: E402
 from abc_plugin.local.lora import NF4  # noqa: E402
 
 IDS = torch.randint(3, 280, (4, 16), generator=torch.Generator().manual_seed(0))  # the probe's
@@ -189,7 +189,7 @@ def test_settings_that_do_not_fit(tiny, tmp_path, changes, message):
     if changes.get("critic.model_name_or_path"):
         changes = changes | {"critic.model_name_or_path": tiny / "policy"}
     with pytest.raises(UserError, match=re.escape(message)):
-        local_checks.check_lora(parsed(local_flags(tiny, tmp_path, **changes)))
+        flag_checks.check_lora(parsed(local_flags(tiny, tmp_path, **changes)))
 
 
 @pytest.mark.parametrize(
@@ -207,12 +207,12 @@ def test_settings_that_do_not_fit(tiny, tmp_path, changes, message):
 def test_targets_that_match_nothing(tiny, tmp_path, targets, message):
     words = [*local_flags(tiny, tmp_path, **{"ds.lora.rank": 4}), "--ds.lora.target_modules", *targets]
     with pytest.raises(UserError, match=re.escape(message)):
-        local_checks.check_lora_targets(parsed(words))
+        flag_checks.check_lora_targets(parsed(words))
 
 
 def parsed(words):
     shaping, words = split_flags(words)
-    return local_checks.parse_for_one_process(words, shaping)[0]
+    return flag_checks.parse_for_one_process(words, shaping)[0]
 
 
 def refused(capsys, words):
@@ -227,7 +227,7 @@ def test_models_that_cannot_be_quantised_or_trained(tiny, tmp_path, capsys, runs
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": NF4.to_dict()}))
     words = local_flags(tiny, tmp_path, **Q | {"actor.model_name_or_path": tmp_path})
     with pytest.raises(UserError, match=f"--actor.model_name_or_path {tmp_path} is quantised already .bitsandbytes.;"):
-        local_checks.check_lora_targets(parsed(words))
+        flag_checks.check_lora_targets(parsed(words))
     for model in ("actor", "reward"):
         error = refused(capsys, local_flags(tiny, tmp_path, **{f"{model}.model_name_or_path": runs["lora"][0]}))
         assert f"--{model}.model_name_or_path {runs['lora'][0]} is a LoRA adapter of {tiny / 'policy'}" in error

@@ -16,7 +16,7 @@ from abc_plugin.tools.study.plan import OWNED, command_words, read_plan
 
 import_host()
 
-from abc_plugin.host import checks  # noqa: E402
+from abc_plugin.host import model_checks  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 PLANS = sorted((ROOT / "launch" / "study").glob("*.yaml"))
@@ -319,7 +319,7 @@ def test_the_plans_in_small_are_runs_that_the_host_takes(asked, path, tiny, monk
         monkeypatch.delenv(variable, raising=False)
     for variable in ("DEMO", "SMALL", "OTHER", "LEXICON"):  # as study.sh sets them
         monkeypatch.setenv(variable, str(tiny))
-    monkeypatch.setattr(checks, "check_models", lambda *_: None)  # those of the embedded ones take their time
+    monkeypatch.setattr(model_checks, "check_models", lambda *_: None)  # those of the embedded ones take their time
     plan = read_plan(path, smoke=True)
     runs, _, _ = resolve(plan, {})
     assert {run.settings["train.seed"] for run in runs} == {"1", "2"}

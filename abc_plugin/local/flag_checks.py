@@ -20,7 +20,7 @@ from abc_plugin.attention.layers import skeleton
 from abc_plugin.config import ShapingConfig
 from abc_plugin.errors import UserError
 from abc_plugin.host.arguments import parse, reward_models
-from abc_plugin.host.checks import refuse_adapter, refuse_without_lora
+from abc_plugin.host.model_checks import refuse_adapter, refuse_without_lora
 from abc_plugin.host.prompt_dataset import read_data
 from abc_plugin.local.distributed_ranks import current_rank
 from abc_plugin.local.lora import bitsandbytes

@@ -19,7 +19,7 @@ SIDES = ("abc", "trl", "trl_bf16")
 
 def abc(args: argparse.Namespace, clock: list) -> None:
     """`abc-rlhf local`, with credit."""
-    from abc_plugin.host.imports import import_host
+    from abc_plugin.host.import_openrlhf import import_host
     from abc_plugin.local import command
 
     import_host()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from abc_plugin.cli import main
-from abc_plugin.tools.bench.gpu_claims import HOLDS, NOT_RUN, all_rows, measured
+from abc_plugin.tools.bench.gpu_checks import HOLDS, NOT_RUN, all_rows, measured
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from abc_plugin.config import split_flags
-from abc_plugin.host.imports import import_host
+from abc_plugin.host.import_openrlhf import import_host
 
 import_host()
 

@@ -18,7 +18,7 @@ import abc_plugin
 from abc_plugin.cli import COMMANDS, main
 from abc_plugin.credit.metrics import credit_metrics
 from abc_plugin.host import ray_driver
-from abc_plugin.host.imports import import_host
+from abc_plugin.host.import_openrlhf import import_host
 from abc_plugin.tools.study.plan import read_plan
 
 import_host()

@@ -15,7 +15,7 @@ A reward's way from the reward model to the advantage:
 9. OpenRLHF's ``get_advantages_and_returns`` or ``get_cumulative_returns``: advantages of spread reward and penalty
 
 install.py              puts the subclasses where the host looks up its own; the plugin of a patched host
-imports.py              imports the host where vLLM, flash-attn or CUDA are absent
+import_openrlhf.py      imports the host where vLLM, flash-attn or CUDA are absent
 supported_releases.py   what the host must offer
 arguments.py            the host's own command-line parser, and what is said of a run's settings
 model_checks.py         what is refused before a model is loaded; prompt_dataset.py: the prompts

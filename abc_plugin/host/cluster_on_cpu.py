@@ -126,7 +126,7 @@ class AfterImport(importlib.abc.MetaPathFinder):
 
 def _without_cuda(deepspeed: Any) -> None:
     """Answer the host's calls into torch.cuda; keep DeepSpeed from compiling C++ for its collectives and its Adam."""
-    from abc_plugin.host.imports import without_cuda
+    from abc_plugin.host.import_openrlhf import without_cuda
 
     without_cuda()
     original = deepspeed.initialize

@@ -12,7 +12,7 @@ from abc_plugin.config import add_flags, split_flags
 from abc_plugin.credit import methods
 from abc_plugin.errors import CannotWrite, CreditError, Terminated, UserError, WorkerDied
 from abc_plugin.host.arguments import parse, settings_of
-from abc_plugin.host.imports import import_cluster_host
+from abc_plugin.host.import_openrlhf import import_cluster_host
 from abc_plugin.output_directory import claimed, writing
 
 ON_CPU = "--on_cpu"

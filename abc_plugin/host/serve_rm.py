@@ -36,7 +36,7 @@ import torch
 from abc_plugin.config import ShapingConfig, add_flags, split_flags
 from abc_plugin.credit.methods import load
 from abc_plugin.errors import UserError, first_line
-from abc_plugin.host.imports import import_host
+from abc_plugin.host.import_openrlhf import import_host
 from abc_plugin.text.remote_credit import SPANS
 from abc_plugin.text.tokenizer_mapping import SURROGATE, piece_spans
 

@@ -68,7 +68,7 @@ def evaluate(argv: list[str]) -> int:
 def settings(argv: list[str], **shaping_changes: object) -> tuple[Namespace, list[str]]:
     """The run's settings, and the flags that are ignored. Raises UserError for what one of the parsers refuses."""
     from abc_plugin.credit import methods
-    from abc_plugin.host.imports import import_host
+    from abc_plugin.host.import_openrlhf import import_host
 
     shaping, host_argv = split_flags(argv)
     methods.load(shaping.method)

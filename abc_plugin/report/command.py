@@ -15,9 +15,9 @@ from rich.table import Table
 from abc_plugin.errors import UserError
 
 try:
+    from abc_plugin.report.logged_runs import FOOTNOTE, Run, comparison, read_run
     from abc_plugin.report.recorded_completions import FILE, Record, read_records
     from abc_plugin.report.report_page import Content, draw_curves, headline, render
-    from abc_plugin.report.runs import FOOTNOTE, Run, comparison, read_run
     from abc_plugin.report.samples_file import read_samples
 except ModuleNotFoundError as error:
     raise UserError(f"abc-rlhf report needs {error.name}; pip install 'abc-plugin[report]'") from None

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from abc_plugin.report import html_templates, plots
+from abc_plugin.report.logged_runs import FOOTNOTE, KL, LAST, REWARD, WINDOW, Curve, Run, by_group, comparison, smooth
 from abc_plugin.report.recorded_completions import Record
 from abc_plugin.report.recorded_steps_html import section
-from abc_plugin.report.runs import FOOTNOTE, KL, LAST, REWARD, WINDOW, Curve, Run, by_group, comparison, smooth
 from abc_plugin.report.samples_file import Sample, pair_up, spread_over_ranks
 from abc_plugin.report.statistics import mean, with_error
 

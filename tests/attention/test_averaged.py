@@ -20,7 +20,7 @@ from abc_plugin.attention import attach
 from abc_plugin.attention.attention_row import averaged_matrix, averaged_row
 from abc_plugin.attention.query_positions import generating_rows
 from abc_plugin.errors import CreditError
-from abc_plugin.tools.bench.parity import BF16, FP32, accepted_inputs, distance
+from abc_plugin.tools.bench.eager_parity import BF16, FP32, accepted_inputs, distance
 
 # Grouped queries, norm before the product, learned positions, partial rotary, windows, one projection, sinks, latent
 # attention; and modules outside the attention interface, of the authors' own models.

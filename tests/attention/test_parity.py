@@ -18,10 +18,10 @@ from abc_plugin.attention.full_matrix import rerun_eager_row, rerun_eager_rows
 from abc_plugin.attention.layers import attention_layers, is_full, target_layer
 from abc_plugin.attention.query_positions import score_positions
 from abc_plugin.cli import main
-from abc_plugin.tools.bench import parity
+from abc_plugin.tools.bench import eager_parity as parity
 from abc_plugin.tools.bench.model_families import Family
 
-TABLE = Path(parity.__file__).with_suffix(".md")
+TABLE = Path(parity.__file__).with_name("parity.md")
 READ = [name for name, family in FAMILIES.items() if family.exact]
 RESULTS = {}
 
@@ -58,7 +58,11 @@ def test_the_definition_is_what_the_model_reports_and_tells_layers_and_tokens_ap
 def test_the_table_in_the_repository_is_of_these_families():
     if os.environ.get("SNAPSHOT"):
         text = TABLE.read_text(encoding="utf-8")
-        lines = [*parity.HEAD, *map(parity.line, RESULTS.values()), *parity.refusals(list(RESULTS.values()))]
+        lines = [
+            *parity.HEAD,
+            *map(parity.line, RESULTS.values()),
+            *parity.refusals(list(RESULTS.values())),
+        ]
         TABLE.write_text(text[: text.index(parity.HEAD[0])] + "\n".join(lines) + "\n", encoding="utf-8")
     text = TABLE.read_text(encoding="utf-8")
     assert re.findall(r"^\| (\w+) \|", text, re.MULTILINE)[1:] == list(FAMILIES)

@@ -108,7 +108,7 @@ def test_a_worker_finds_a_cpu_where_the_host_asks_for_cuda():
 
 @pytest.mark.parametrize(("kind", "params"), [("AdamW", {"lr": 1.0, "torch_adam": True}), ("Muon", {"lr": 1.0})])
 def test_deepspeed_takes_pytorchs_adam(kind, params, monkeypatch):
-    monkeypatch.setattr("abc_plugin.host.imports.without_cuda", lambda: None)
+    monkeypatch.setattr("abc_plugin.host.import_openrlhf.without_cuda", lambda: None)
     deepspeed = types.SimpleNamespace(initialize=lambda *args, config=None, **kwargs: (args, config, kwargs))
     cpu_cluster._without_cuda(deepspeed)
     args, config, kwargs = deepspeed.initialize(

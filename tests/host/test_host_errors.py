@@ -8,7 +8,7 @@ from conftest import local_flags, run_python
 
 from abc_plugin import cli
 from abc_plugin.credit import methods
-from abc_plugin.host.imports import import_host
+from abc_plugin.host.import_openrlhf import import_host
 
 
 @pytest.fixture(autouse=True)

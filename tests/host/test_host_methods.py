@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from abc_plugin.cli import main
 from abc_plugin.config import ShapingConfig, split_flags
 from abc_plugin.errors import UserError
-from abc_plugin.host.imports import import_host
+from abc_plugin.host.import_openrlhf import import_host
 
 import_host()
 

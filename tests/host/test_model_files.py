@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2ForSequenceC
 from abc_plugin import cli
 from abc_plugin.config import ShapingConfig
 from abc_plugin.errors import UserError
-from abc_plugin.host.imports import import_host
+from abc_plugin.host.import_openrlhf import import_host
 
 import_host()
 

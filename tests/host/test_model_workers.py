@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from abc_plugin.config import ShapingConfig
 from abc_plugin.errors import CreditError, NotFinite
-from abc_plugin.host.imports import import_host
+from abc_plugin.host.import_openrlhf import import_host
 
 import_host()
 

@@ -42,7 +42,7 @@ runpy.run_path(str(script), run_name="__main__")
 """
 # The real modules, with stand-ins for vLLM and flash-attn where they are absent.
 REAL = f"""
-from abc_plugin.host.imports import optional_packages, without_cuda
+from abc_plugin.host.import_openrlhf import optional_packages, without_cuda
 without_cuda()
 {RUN}
 with optional_packages():

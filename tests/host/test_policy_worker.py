@@ -14,7 +14,7 @@ from abc_plugin.cli import main
 from abc_plugin.config import ShapingConfig
 from abc_plugin.credit import methods
 from abc_plugin.errors import CreditError, UserError
-from abc_plugin.host.imports import import_host
+from abc_plugin.host.import_openrlhf import import_host
 
 import_host()
 

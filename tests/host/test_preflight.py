@@ -12,7 +12,7 @@ from test_model_workers import worker
 
 from abc_plugin.config import ShapingConfig
 from abc_plugin.errors import CannotWrite, CreditError, UserError, WorkerDied
-from abc_plugin.host.imports import import_host
+from abc_plugin.host.import_openrlhf import import_host
 from abc_plugin.output_directory import writing
 
 import_host()

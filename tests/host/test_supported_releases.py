@@ -11,7 +11,7 @@ from host_releases import SUPPORTED, on_the_index, release
 
 from abc_plugin.errors import UserError
 from abc_plugin.host import supported_releases
-from abc_plugin.host.imports import import_host
+from abc_plugin.host.import_openrlhf import import_host
 
 import_host()
 
@@ -30,7 +30,7 @@ for directory in sys.argv[1:]:
     child = os.fork()
     if child == 0:
         sys.path.insert(0, directory)
-        from abc_plugin.host.imports import import_host
+        from abc_plugin.host.import_openrlhf import import_host
         import_host(local=os.path.basename(directory) >= "0.11")
         import openrlhf
         assert openrlhf.__file__.startswith(directory), openrlhf.__file__

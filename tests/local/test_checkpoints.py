@@ -11,7 +11,7 @@ import torch
 from abc_plugin.config import ShapingConfig
 from abc_plugin.errors import UserError
 from abc_plugin.host.arguments import settings_of
-from abc_plugin.host.imports import import_host
+from abc_plugin.host.import_openrlhf import import_host
 from abc_plugin.local import checkpoints
 from abc_plugin.local.checkpoints import Checkpoints
 

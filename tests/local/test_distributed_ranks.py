@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from abc_plugin import cli
 from abc_plugin.errors import UserError
-from abc_plugin.host.imports import import_host
+from abc_plugin.host.import_openrlhf import import_host
 from abc_plugin.local import distributed_ranks
 
 import_host()

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConf
 
 from abc_plugin.config import split_flags
 from abc_plugin.errors import UserError
-from abc_plugin.host.imports import import_host
+from abc_plugin.host.import_openrlhf import import_host
 
 import_host()
 from abc_plugin.local import flag_checks, frozen_layers  # noqa: E402

@@ -13,7 +13,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from abc_plugin.host.imports import import_host
+from abc_plugin.host.import_openrlhf import import_host
 
 import_host()
 

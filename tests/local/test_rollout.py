@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from abc_plugin.errors import UserError
-from abc_plugin.host.imports import import_host
+from abc_plugin.host.import_openrlhf import import_host
 
 import_host()
 

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from abc_plugin.host.imports import import_host
+from abc_plugin.host.import_openrlhf import import_host
 
 import_host()
 

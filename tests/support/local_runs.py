@@ -91,7 +91,7 @@ class LocalRuns:
 
 def serve() -> None:
     """Forks a run per line of standard input; waits for it only once the other side has ended it, or will not."""
-    from abc_plugin.host.imports import import_host
+    from abc_plugin.host.import_openrlhf import import_host
 
     import_host()
     import abc_plugin.local.driver  # noqa: F401

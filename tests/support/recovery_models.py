@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaModel, LlamaPreTrainedModel
 
 from abc_plugin.attention.query_positions import score_positions
+from abc_plugin.tools.bench.eager_parity import LEFT, NONE, ONE, RIGHT, inputs
 from abc_plugin.tools.bench.kernel_parity import Scored
 from abc_plugin.tools.bench.model_families import COMMON, FAMILIES, WINDOW, tiny
-from abc_plugin.tools.bench.parity import LEFT, NONE, ONE, RIGHT, inputs
 
 __all__ = ["COMMON", "FAMILIES", "LEFT", "NONE", "ONE", "RIGHT", "WINDOW"]
 __all__ += ["PackedRewardModel", "RewardModel", "inputs", "scored", "tiny", "tiny_reward_model"]

@@ -10,7 +10,7 @@ import pandas as pd
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from abc_plugin.report.runs import Run
+from abc_plugin.report.logged_runs import Run
 from abc_plugin.report.samples_file import Sample
 
 REWARD, KL, SECONDS = "train/rollout/reward_mean", "train/kl", "train/timing/step_total"

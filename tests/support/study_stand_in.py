@@ -24,7 +24,7 @@ DEFAULTS = {"reward_shaping": "none", "shaping.beta": 0.8, "train.seed": 42, "al
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
-    """In place of abc_plugin.local.parsed_command_lines."""
+    """In place of abc_plugin.local.flag_values."""
     given = [dict(zip(words[::2], words[1::2], strict=True)) for words in commands(question)]
     values = [
         {name: typed(flags.get(f"--{name}", DEFAULTS.get(name))) for name in question["names"]} for flags in given
@@ -82,14 +82,14 @@ def main(words: list[str]) -> int:
     if words[0] == "local":
         return train(words[1:])
     from abc_plugin import cli
-    from abc_plugin.tools.study import parsed_settings, runner
+    from abc_plugin.tools.study import run_settings, runner
 
     if words[0] == "real":
-        parsed_settings.ask_host = remembered(parsed_settings.ask_host)
+        run_settings.ask_host = remembered(run_settings.ask_host)
         return cli.main(words[1:])
     runner.PROGRAM = [sys.executable, __file__]
     runner.POLL = 0.05
-    parsed_settings.ask_host = answer
+    run_settings.ask_host = answer
     return cli.main(words)
 
 

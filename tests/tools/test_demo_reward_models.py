@@ -19,8 +19,8 @@ from transformers import (
 from abc_plugin.attention import attach
 from abc_plugin.attention.full_matrix import rerun_eager_row
 from abc_plugin.credit.methods import ABC, Evidence
-from abc_plugin.host.imports import import_host
-from abc_plugin.report.runs import read_scalars
+from abc_plugin.host.import_openrlhf import import_host
+from abc_plugin.report.logged_runs import read_scalars
 from abc_plugin.tools.demo import (
     gpt2_reward_model,
     lexicon_reward_model,
@@ -29,7 +29,7 @@ from abc_plugin.tools.demo import (
     small_models,
     smollm2_package,
 )
-from abc_plugin.tools.demo.recipes import LexiconRecipe, OtherRecipe, Recipe, SmallRecipe, recipe_hash, versions
+from abc_plugin.tools.demo.model_recipes import LexiconRecipe, OtherRecipe, Recipe, SmallRecipe, recipe_hash, versions
 from abc_plugin.tools.demo.reviews import Corpus, Review
 
 OTHER = OtherRecipe(

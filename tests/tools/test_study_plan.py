@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from abc_plugin import cli
-from abc_plugin.host.imports import import_host
-from abc_plugin.local import parsed_command_lines as host_flags
-from abc_plugin.tools.study import parsed_settings
-from abc_plugin.tools.study.parsed_settings import Run, columns, give_names, resolve, text
+from abc_plugin.host.import_openrlhf import import_host
+from abc_plugin.local import flag_values as host_flags
+from abc_plugin.tools.study import run_settings
 from abc_plugin.tools.study.plan import OWNED, command_words, read_plan
+from abc_plugin.tools.study.run_settings import Run, columns, give_names, resolve, text
 
 import_host()
 
@@ -189,7 +189,7 @@ def test_equal_numbers_read_the_same(value, expected):
 @pytest.fixture
 def asked(monkeypatch):
     """The host is asked in this process, which has imported it."""
-    monkeypatch.setattr(parsed_settings, "ask_host", host_flags.answer)
+    monkeypatch.setattr(run_settings, "ask_host", host_flags.answer)
 
 
 def tiny_plan(tiny, runs: str, more: str = "") -> str:
@@ -329,9 +329,9 @@ def test_the_plans_in_small_are_runs_that_the_host_takes(asked, path, tiny, monk
 
 
 def test_a_host_that_cannot_be_asked_is_no_silent_default(monkeypatch):
-    monkeypatch.setattr(parsed_settings.sys, "executable", "/bin/false")
+    monkeypatch.setattr(run_settings.sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="ended with status 1"):
-        parsed_settings.ask_host({})
+        run_settings.ask_host({})
 
 
 def test_values_are_text_until_the_host_reads_them(plan_file):

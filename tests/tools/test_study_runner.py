@@ -16,9 +16,9 @@ import study_stand_in
 
 from abc_plugin import cli
 from abc_plugin.errors import UserError
-from abc_plugin.tools.study import parsed_settings, runner, study_directory
-from abc_plugin.tools.study.parsed_settings import Run
+from abc_plugin.tools.study import run_settings, runner, study_directory
 from abc_plugin.tools.study.plan import OWNED
+from abc_plugin.tools.study.run_settings import Run
 from abc_plugin.tools.study.study_directory import Study
 
 PLAN = """
@@ -75,7 +75,7 @@ def here(tmp_path, monkeypatch):
     """Studies of this directory run in this process, their runs in others."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STARTS", str(tmp_path / "starts.txt"))
-    monkeypatch.setattr(parsed_settings, "ask_host", study_stand_in.answer)
+    monkeypatch.setattr(run_settings, "ask_host", study_stand_in.answer)
     monkeypatch.setattr(runner, "PROGRAM", [sys.executable, study_stand_in.__file__])
     monkeypatch.setattr(runner, "POLL", 0.02)
     return tmp_path
@@ -257,7 +257,7 @@ def test_a_plan_that_grows_goes_on_and_another_common_flag_is_a_column(here, cap
 
 def test_two_studies_do_not_share_a_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(parsed_settings, "ask_host", study_stand_in.answer)
+    monkeypatch.setattr(run_settings, "ask_host", study_stand_in.answer)
     call = Call(tmp_path, ONE.replace("SEED", "1"), SLOW="20")
     call.until(lambda: call.running())
     assert cli.main(["study", "plan.yaml", "--out", "out"]) == 2

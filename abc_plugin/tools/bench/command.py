@@ -30,7 +30,7 @@ PNG = {"--png": {"help": "also draw the ratios into this file"}}
 MEASUREMENTS = {
     "recovery": ("forward_cost", "time and memory of a forward with credit, as ratios to one without", FORWARDS | PNG),
     "methods": ("forward_cost", "what each method's evidence costs beside the model's forward", FORWARDS),
-    "parity": ("parity", "the recovered row against eager attention, over model families", {}),
+    "parity": ("eager_parity", "the recovered row against eager attention, over model families", {}),
     "server": ("server_load", "texts per second of serve-rm with many clients, to batched forwards", SERVER),
     "gpu": ("gpu_table", "every claim on this machine's card: kernels, cost, runs, QLoRA, serve-rm", GPU),
 }

@@ -26,7 +26,7 @@ import torch
 
 from abc_plugin import __version__
 from abc_plugin.errors import UserError
-from abc_plugin.tools.bench.gpu_claims import ERROR, FAILS, NOT_RUN, Row, all_rows, answer
+from abc_plugin.tools.bench.gpu_checks import ERROR, FAILS, NOT_RUN, Row, all_rows, answer
 
 PACKAGES = ("torch", "transformers", "openrlhf", "deepspeed", "peft", "bitsandbytes", "flash-attn", "ray")
 PROCESSES = multiprocessing.get_context("spawn")

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModel
 
 from abc_plugin.attention.full_matrix import rerun_eager_row
 from abc_plugin.attention.query_positions import score_positions
+from abc_plugin.tools.bench.eager_parity import BF16, FP32, accepted_inputs, difference, distance, inputs
 from abc_plugin.tools.bench.forward_cost import Read, reading
 from abc_plugin.tools.bench.kernels import running, use_implementation
-from abc_plugin.tools.bench.parity import BF16, FP32, accepted_inputs, difference, distance, inputs
 
 LIMITS = {torch.float32: (difference, FP32, 1e-3), torch.bfloat16: (distance, BF16, 0.1)}
 # Families with what not every kernel takes, and settings that make it weigh.

@@ -14,7 +14,7 @@ import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Tokenizer
 
 from abc_plugin.tools.demo import reward_training
-from abc_plugin.tools.demo.recipes import OtherRecipe, package_files
+from abc_plugin.tools.demo.model_recipes import OtherRecipe, package_files
 from abc_plugin.tools.demo.reviews import cut_windows, read_corpus
 from abc_plugin.tools.demo.smollm2_package import save_model
 

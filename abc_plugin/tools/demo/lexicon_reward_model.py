@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from abc_plugin.tools.demo import reward_training
-from abc_plugin.tools.demo.recipes import LexiconRecipe
+from abc_plugin.tools.demo.model_recipes import LexiconRecipe
 from abc_plugin.tools.demo.reviews import Review, cut_prompts, read_corpus
 from abc_plugin.tools.demo.smollm2_package import complete, llama_config, load_policy, save_model, smollm2_tokenizer
 

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from abc_plugin.errors import UserError
 from abc_plugin.output_directory import writing
-from abc_plugin.tools.demo.recipes import LexiconRecipe, OtherRecipe, Recipe, SmallRecipe, recipe_hash, versions
+from abc_plugin.tools.demo.model_recipes import LexiconRecipe, OtherRecipe, Recipe, SmallRecipe, recipe_hash, versions
 
 FREE_BYTES = 700 * 2**20  # what is written, with some air
 CITATIONS = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, LlamaForCausalLM, LlamaForSequenceClassification
 
 from abc_plugin.tools.demo import reward_training
-from abc_plugin.tools.demo.recipes import Recipe
+from abc_plugin.tools.demo.model_recipes import Recipe
 from abc_plugin.tools.demo.reviews import Corpus, cut_windows, read_corpus
 from abc_plugin.tools.demo.smollm2_package import (
     complete,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pandas as pd
 from transformers import PreTrainedTokenizerFast
 
-from abc_plugin.tools.demo.recipes import OtherRecipe, Recipe, package_files
+from abc_plugin.tools.demo.model_recipes import OtherRecipe, Recipe, package_files
 
 
 class Review(NamedTuple):

@@ -17,7 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from abc_plugin.tools.demo.recipes import OtherRecipe, SmallRecipe
+from abc_plugin.tools.demo.model_recipes import OtherRecipe, SmallRecipe
 from abc_plugin.tools.demo.reviews import Corpus, Review, cut_windows
 
 Progress = Callable[[str, float], None]  # what is happening, and the share done in [0, 1]

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from abc_plugin.tools.demo import reward_training
-from abc_plugin.tools.demo.recipes import SmallRecipe
+from abc_plugin.tools.demo.model_recipes import SmallRecipe
 from abc_plugin.tools.demo.reviews import Corpus, read_corpus
 from abc_plugin.tools.demo.smollm2_package import complete, save_model, write_prompts
 

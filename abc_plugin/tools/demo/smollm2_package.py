@@ -13,7 +13,7 @@ from gguf import GGUFReader
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from abc_plugin.tools.demo.recipes import Recipe, package_files
+from abc_plugin.tools.demo.model_recipes import Recipe, package_files
 from abc_plugin.tools.demo.reviews import Corpus, cut_prompts
 from abc_plugin.tools.demo.reward_training import fast_dtype
 

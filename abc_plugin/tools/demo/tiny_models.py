@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-from abc_plugin.tools.demo.recipes import Recipe
+from abc_plugin.tools.demo.model_recipes import Recipe
 from abc_plugin.tools.demo.reviews import read_corpus
 from abc_plugin.tools.demo.smollm2_package import llama_config, save_model, smollm2_tokenizer, write_prompts
 

@@ -1,6 +1,6 @@
 """A study's plan: YAML, checked against a schema by OmegaConf, its grids multiplied out.
 
-Values are text until the host's own parser reads them (parsed_settings.py), so that no `off` is taken for False.
+Values are text until the host's own parser reads them (run_settings.py), so that no `off` is taken for False.
 """
 
 from __future__ import annotations

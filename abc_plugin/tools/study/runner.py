@@ -17,8 +17,8 @@ from pathlib import Path
 
 from abc_plugin.errors import UserError
 from abc_plugin.output_directory import writing
-from abc_plugin.tools.study.parsed_settings import Run, give_names, resolve
 from abc_plugin.tools.study.plan import Plan, command_words, read_plan
+from abc_plugin.tools.study.run_settings import Run, give_names, resolve
 from abc_plugin.tools.study.study_directory import LOG, Study
 
 PROGRAM = [sys.executable, "-m", "abc_plugin"]

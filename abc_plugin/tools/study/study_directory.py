@@ -21,10 +21,10 @@ import yaml
 
 from abc_plugin.errors import UserError
 from abc_plugin.output_directory import probe, write_atomically
-from abc_plugin.report.runs import KL, REWARD, SECONDS, read_run
-from abc_plugin.tools.study.parsed_settings import Run, column, columns
+from abc_plugin.report.logged_runs import KL, REWARD, SECONDS, read_run
 from abc_plugin.tools.study.plan import Plan, Words
 from abc_plugin.tools.study.results_table import setting, sort_key
+from abc_plugin.tools.study.run_settings import Run, column, columns
 
 HEADER = "# A study of abc-rlhf; written by it, with what --smoke and the environment made of the plan."
 TAGS = {"reward": REWARD, "kl": KL, "value_loss": ("train/critic_loss",)}

@@ -79,8 +79,8 @@ def resolve(plan: Plan, older: dict[str, dict[str, Words]]) -> tuple[list[Run], 
 
 
 def ask_host(question: dict[str, Any]) -> dict[str, Any]:
-    """The answer of ``abc_plugin.local.parsed_command_lines`` to a question, which is described there."""
-    command = [sys.executable, "-m", "abc_plugin.local.parsed_command_lines"]
+    """The answer of ``abc_plugin.local.flag_values`` to a question, which is described there."""
+    command = [sys.executable, "-m", "abc_plugin.local.flag_values"]
     done = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]

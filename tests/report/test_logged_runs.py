@@ -6,7 +6,7 @@ import pytest
 from report_support import KL, REWARD, curve, pixels, ramp, run_of, write_events
 
 from abc_plugin.errors import UserError
-from abc_plugin.report import runs
+from abc_plugin.report import logged_runs as runs
 from abc_plugin.report.report_page import draw_curves, over_seeds
 
 

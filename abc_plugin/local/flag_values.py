@@ -1,4 +1,4 @@
-"""``python -m abc_plugin.local.parsed_command_lines``: what command lines mean to the host, for a process without it.
+"""``python -m abc_plugin.local.flag_values``: what command lines mean to the host, for a process without it.
 
 Reads a question from standard input and writes the answer to standard output, both JSON:
 
@@ -23,7 +23,7 @@ import torch
 
 from abc_plugin.errors import CreditError, UserError
 from abc_plugin.host import ray_driver
-from abc_plugin.host.imports import import_host
+from abc_plugin.host.import_openrlhf import import_host
 from abc_plugin.local import command
 
 SEED = "train.seed"

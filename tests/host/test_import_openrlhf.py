@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from abc_plugin.errors import UserError
-from abc_plugin.host import imports as adapt
+from abc_plugin.host import import_openrlhf as adapt
 
 
 def test_stand_ins_import_refuse_and_leave(monkeypatch):

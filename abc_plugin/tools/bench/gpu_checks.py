@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from abc_plugin.errors import CreditError, UserError
-from abc_plugin.tools.bench import forward_cost, gpu_commands, kernel_parity, parity
+from abc_plugin.tools.bench import eager_parity, forward_cost, gpu_commands, kernel_parity
 from abc_plugin.tools.bench.forward_cost import CREDIT, PLAIN
 from abc_plugin.tools.bench.kernels import PACKAGES, SDPA, SDPA_FLASH, VARLEN
 
@@ -122,7 +122,7 @@ def _kernel(kernel: str, family: str, dtype: torch.dtype, tokens: int, layout: s
 
 
 def _family(family: str, device: str, _: Path) -> Found:
-    result = parity.check(family, device)
+    result = eager_parity.check(family, device)
     errors = {"fp32": result.fp32, "bf16": result.bf16}
     return {name: max(found.values(), default=float("nan")) for name, found in errors.items()}, result.faults
 

@@ -2,7 +2,8 @@
 # Does dense credit help? Trains every run of a plan, several at a time, and compares the methods with error bars.
 #
 #   bash launch/study/study.sh                                    the embedded study (embedded.yaml), on two cores
-#   bash launch/study/study.sh launch/study/conditions.yaml       the same under other conditions; lexicon.yaml: reward model
+#   bash launch/study/study.sh launch/study/conditions.yaml       the same under other conditions; lexicon.yaml: reward model;
+#                                                                 embedded_horizon.yaml: signed credit at a short horizon
 #   bash launch/study/study.sh launch/study/small.yaml            which method for which run: many runs of a small policy
 #   bash launch/study/study.sh launch/study/horizon.yaml          the decisive ones of them, with more seeds
 #   bash launch/study/study.sh launch/study/paper_imdb.yaml       the paper's tasks, on a GPU; plans say what they need
